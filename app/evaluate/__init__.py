@@ -1,0 +1,1 @@
+"""Answer quality of full prefill, reuse and each selector on held-out generated questions."""

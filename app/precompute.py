@@ -1,0 +1,160 @@
+"""Compile the KV of documents into the store, ahead of any question. Used by ingest and by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.rag import References
+from app.traffic import Traffic
+from blend.engines import Engine
+from blend.errors import PromptTooLongError
+from blend.types import CompileJob, CompileResult
+from retriever.errors import UnknownDocumentError
+from retriever.types import DocumentInfo
+from store.base import KVStore
+from store.errors import StoreError, StoreFullError
+
+if TYPE_CHECKING:
+    from app.service import Service
+
+GIB = 1 << 30
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PrecomputeReport:
+    """Chunks ``done`` now, ``skipped`` because the store has them, ``failed``; payload ``bytes`` written, ``tokens`` run
+    through the model (contexts included). ``stopped`` says why it ended early, if it did."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None
+    error: str | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks dealt with so far."""
+        return self.done + self.skipped + self.failed
+
+
+Progress = Callable[[PrecomputeReport, int], None]
+"""Called after every pass with the report so far (it goes on changing) and the number of chunks in all."""
+
+
+async def precompute(
+    service: Service,
+    *,
+    collection: str | None = None,
+    only_missing: bool = True,
+    max_gib: float | None = None,
+    progress: Progress | None = None,
+) -> PrecomputeReport:
+    """Compile all documents of ``collection`` (default: of every collection).
+
+    Resumable: with ``only_missing`` what the store has is skipped. Interruptible: when cancelled, the running pass is
+    finished, then ``CancelledError`` is raised; ``progress`` has seen the report. ``max_gib`` bounds what this run writes.
+    A full store ends the run with ``stopped`` set. Raises ``UnknownCollectionError``, ``EngineError``.
+    """
+    documents = await asyncio.to_thread(service.retriever.documents, collection)
+    return await service.precomputer.run(documents, only_missing=only_missing, max_gib=max_gib, progress=progress)
+
+
+class Precomputer:
+    """Runs compile passes one at a time, and each only when no chat request is waiting."""
+
+    def __init__(self, engine: Engine, store: KVStore | None, references: References, traffic: Traffic) -> None:
+        self._engine, self._store, self._references, self._traffic = engine, store, references, traffic
+        self._one = asyncio.Lock()
+
+    async def run(
+        self,
+        documents: Sequence[DocumentInfo],
+        *,
+        only_missing: bool = True,
+        max_gib: float | None = None,
+        progress: Progress | None = None,
+    ) -> PrecomputeReport:
+        """See ``precompute``."""
+        report, begin = PrecomputeReport(), time.perf_counter()
+        total = sum(d.chunks for d in documents)
+        async with self._one:
+            if (job := await asyncio.to_thread(self._prefix_job)) is not None:
+                await self._passes([job], report, None, lambda: None)
+                report = PrecomputeReport(bytes=report.bytes, tokens=report.tokens, stopped=report.stopped, error=report.error)
+
+            def tell() -> None:
+                report.seconds = time.perf_counter() - begin
+                if progress is not None:
+                    progress(report, total)
+
+            for document in documents:
+                if report.stopped:
+                    break
+                try:
+                    jobs, present = await asyncio.to_thread(self._jobs, document, only_missing)
+                except UnknownDocumentError:
+                    continue  # deleted meanwhile
+                report.skipped += present
+                tell()
+                await self._passes(jobs, report, max_gib, tell)
+            tell()
+        return report
+
+    async def _passes(
+        self, jobs: Sequence[CompileJob], report: PrecomputeReport, max_gib: float | None, tell: Callable[[], None]
+    ) -> None:
+        for job in jobs:
+            need = sum(len(c) for c in job.chunks) * self._engine.info.layout.token_bytes
+            if max_gib is not None and report.bytes + need > max_gib * GIB:
+                report.stopped = f"the limit of {max_gib} GiB is reached"
+                return
+            await self._traffic.quiet()
+            try:
+                result = await _finished(self._engine.compile(job))
+            except StoreFullError as e:
+                report.failed += len(job.chunks)
+                report.stopped = report.error = f"the KV store is full: {e}"
+                return
+            except (StoreError, PromptTooLongError) as e:
+                log.warning("pass %s was not stored: %s", job.id, e)
+                report.failed += len(job.chunks)
+                report.error = str(e)
+                continue
+            report.done += result.chunks
+            report.bytes += result.bytes
+            report.tokens += result.tokens
+            tell()
+
+    def _prefix_job(self) -> CompileJob | None:
+        job = self._references.keys.prefix_job()
+        return None if self._has(job.keys[0]) else job
+
+    def _jobs(self, document: DocumentInfo, only_missing: bool) -> tuple[list[CompileJob], int]:
+        """Passes for ``document``, and how many of its chunks no pass touches."""
+        refs = self._references.of(document)
+        wanted = [not (only_missing and self._has(r.key)) for r in refs]
+        jobs = self._references.keys.jobs(refs, wanted)
+        return jobs, len(refs) - sum(len(j.chunks) for j in jobs)
+
+    def _has(self, key: object) -> bool:
+        return self._store is not None and self._store.contains(key)  # type: ignore[arg-type]
+
+
+async def _finished(passing: object) -> CompileResult:
+    """The result of a compile pass; a cancellation waits for its end, so that no half pass is thrown away."""
+    task: asyncio.Task[CompileResult] = asyncio.ensure_future(passing)  # type: ignore[call-overload]
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        raise

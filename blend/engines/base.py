@@ -1,0 +1,79 @@
+"""The seam between the service and an engine. One implementation per engine, chosen in ``blend.engines``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from blend.types import CompileJob, CompileResult, Delta, Request
+from store.base import KVStore
+from store.types import KVLayout
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine needs to start. ``model`` is a Hugging Face folder (or hub name); ``store`` the store's folder
+    (``None``: memory, for tests). ``dtype`` and ``kv_cache_gib`` ``None`` mean the model's own and the engine's default.
+    ``max_context`` ``None`` means the model's own limit. ``options`` are passed to the engine's own arguments.
+    """
+
+    model: str
+    store: Path | None
+    dtype: str | None = None
+    max_context: int | None = None
+    kv_cache_gib: float | None = None
+    max_store_bytes: int | None = None
+    device: str = "auto"
+    seed: int = 0
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Identity of a running engine. Fingerprints are hex."""
+
+    name: str
+    version: str
+    model: str
+    device: str
+    layout: KVLayout
+    tokenizer: str
+    max_context: int
+    vocab_size: int
+
+
+class Engine(Protocol):
+    """A model that can generate from blended prompts and compile chunks into the store."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def store(self) -> KVStore:
+        """The engine's store, for look-ups and reports (with vLLM a read-only view: its worker writes)."""
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """Stream the answer. Closing the iterator aborts the request and frees what it held.
+
+        Raises ``PromptTooLongError``, ``EngineError``.
+        """
+        ...
+
+    async def compile(self, job: CompileJob) -> CompileResult:
+        """Run ``job`` and write its chunks to the store. Raises ``store.errors.StoreError``, ``EngineError``."""
+        ...
+
+    async def check(self) -> None:
+        """Raise ``EngineError`` if the engine is dead or has made no progress while work is queued."""
+        ...
+
+    async def metrics(self) -> str:
+        """The engine's own metrics in Prometheus text format, or an empty string."""
+        ...
+
+    async def stop(self) -> None:
+        """Finish, close the store, release the device. May be called twice."""
+        ...

@@ -1,0 +1,23 @@
+"""Errors of the blend and its engines."""
+
+from __future__ import annotations
+
+
+class BlendError(Exception):
+    """Base of everything this room raises."""
+
+
+class UnsupportedModelError(BlendError):
+    """The model cannot be blended; the message names the config field and its value."""
+
+
+class PromptTooLongError(BlendError):
+    """The prompt and the asked-for answer do not fit the model's context."""
+
+
+class EngineError(BlendError):
+    """The engine failed or is not running."""
+
+
+class UnknownSelectorError(BlendError, ValueError):
+    """No selector of that name; the message lists the choices."""

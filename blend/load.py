@@ -1,0 +1,73 @@
+"""Load: read each segment's stored KV, turn its K to its place in this prompt, write it into the engine's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blend.model import BlendModel
+from blend.types import Prompt
+from kernels.rotate import rotate
+from store.base import KVStore, Miss
+from store.types import MissReason
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a segment's KV came from: the store's ``tier``, or the reason it was missing."""
+
+    tier: str | None
+    miss_reason: MissReason | None
+
+
+@dataclass
+class Loaded:
+    """The fused context of one request.
+
+    ``k``, ``v`` [L, N, H, D] rotated to the prompt's positions, on the CPU (rows of missing segments are zero);
+    ``present`` [N] bool; ``found`` one per segment; ``missing_rows`` [M] int64 that must be computed.
+    """
+
+    k: Tensor
+    v: Tensor
+    present: Tensor
+    found: tuple[Found, ...]
+    missing_rows: Tensor
+
+
+def load(model: BlendModel, prompt: Prompt, store: KVStore, *, tokenizer: str, computed: int = 0) -> Loaded:
+    """Fetch, re-rotate and write the KV of every segment that has a key; rows below ``computed`` are not written."""
+    lay = model.layout
+    n = prompt.context_tokens
+    k = torch.zeros(lay.layers, n, lay.heads, lay.head_dim, dtype=lay.torch_dtype)
+    v = torch.zeros_like(k)
+    present = torch.zeros(n, dtype=torch.bool)
+    found = []
+    for segment in prompt.segments:
+        if segment.key is None:
+            found.append(Found(None, None))
+            continue
+        ids = prompt.token_ids[segment.start : segment.stop]
+        chunk = store.get(segment.key, lay, ids, source=segment.source, tokenizer=tokenizer)
+        if isinstance(chunk, Miss):
+            found.append(Found(None, chunk.reason))
+            continue
+        found.append(Found(store.tier, None))
+        part = slice(segment.start, segment.stop)
+        delta = segment.start - chunk.k_position
+        rope = model.rope
+        k[:, part] = (
+            rotate(chunk.k, delta, rope.inv_freq.float(), interleaved=rope.interleaved) if delta else chunk.k
+        )
+        v[:, part] = chunk.v
+        present[part] = True
+    rows = present.nonzero().flatten()
+    rows = rows[rows >= computed]
+    if rows.numel():
+        whole = rows.numel() == n
+        for layer in range(lay.layers):
+            model.write_kv(layer, rows, k[layer] if whole else k[layer, rows], v[layer] if whole else v[layer, rows])
+    missing = (~present).nonzero().flatten()
+    return Loaded(k, v, present, tuple(found), missing[missing >= computed])

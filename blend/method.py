@@ -1,0 +1,157 @@
+"""The method, on one page: load, select, recompute; and compile, which is the same walk with the KV kept.
+
+Sources: CacheBlend (arXiv 2405.16444) for selective recompute, FusionRAG (2601.12904) and ProphetKV (2602.02579) for
+asking the question what to recompute, EPIC (2410.15332) for chunk heads. The paper's names are mapped in ``README.md``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blend.load import Loaded, load
+from blend.model import BlendModel, Observed
+from blend.select import Selection, open_selector
+from blend.types import BlendOptions, BlendStats, ChunkStats, CompileJob, Prompt
+from store.base import KVStore
+
+Watch = Callable[[int, Observed], None]
+
+
+@dataclass
+class Blend:
+    """State of one request's blend; it dies with the request.
+
+    ``computed``: rows below it are already in the engine's cache and are neither written nor recomputed. ``stop``:
+    question rows up to it are computed here, the rest by the engine. ``budget``: context rows a selector may choose.
+    """
+
+    model: BlendModel
+    prompt: Prompt
+    loaded: Loaded
+    computed: int
+    stop: int
+    budget: int
+    ids: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = torch.tensor(self.prompt.token_ids, dtype=torch.int64)
+
+    @property
+    def question_rows(self) -> Tensor:
+        """Rows of the question that are computed here, always fresh on the fused cache."""
+        return torch.arange(max(self.prompt.context_tokens, self.computed), self.stop)
+
+    def walk(self, rows: Tensor, *, first: int = 0, last: int | None = None, hidden: Tensor | None = None,
+             watch: Watch | None = None) -> Tensor:  # fmt: skip
+        """Run ``rows`` through layers ``first .. last - 1``, from ``hidden`` or their embeddings; returns hidden."""
+        return walk(self.model, self.ids, rows, first=first, last=last, hidden=hidden, watch=watch)
+
+
+def walk(model: BlendModel, ids: Tensor, rows: Tensor, *, first: int = 0, last: int | None = None,
+         hidden: Tensor | None = None, watch: Watch | None = None) -> Tensor:  # fmt: skip
+    """The one forward path: compile, probe, recompute and full prefill all come through here."""
+    step: Any = model.prepare(rows)
+    h = model.embed(ids[rows]) if hidden is None else hidden
+    for layer in range(first, model.layout.layers if last is None else last):
+        h = model.forward_layer(layer, h, step)
+        if watch is not None:
+            watch(layer, model.observe())
+    return h
+
+
+def blend(model: BlendModel, prompt: Prompt, options: BlendOptions, store: KVStore, *, tokenizer: str,
+          computed: int = 0, stop: int | None = None) -> BlendStats:  # fmt: skip
+    """Fuse the cached KV of ``prompt``'s segments and repair it; afterwards rows ``computed .. stop - 1`` are in the cache.
+
+    ``stop`` defaults to the prompt's end. ``mode="reuse"`` recomputes nothing but what is missing; a ratio whose
+    budget covers the context recomputes every row, which equals full prefill. Raises ``UnknownSelectorError``.
+    """
+    n = prompt.context_tokens
+    ratio = 0.0 if options.mode == "reuse" else options.recompute_ratio
+    budget = n if ratio >= 1.0 else int(ratio * n)
+    selector = open_selector("all" if budget >= n else "none" if ratio == 0.0 else options.selector)
+    begin = time.perf_counter()
+    loaded = load(model, prompt, store, tokenizer=tokenizer, computed=computed)
+    after_load = time.perf_counter()
+    state = Blend(model, prompt, loaded, computed, len(prompt.token_ids) if stop is None else stop, budget)
+    chosen = selector.select(state)
+    _recompute(state, chosen)
+    done = time.perf_counter()
+    return _account(state, chosen.rows, options, selector.name, after_load - begin, done - after_load)
+
+
+def compile_chunks(model: BlendModel, job: CompileJob) -> list[tuple[Tensor, Tensor]]:
+    """K and V [L, T, H, D] of each chunk of ``job``, computed behind its context (paper: offline stage).
+
+    One pass over context and chunks; chunk i attends to the context and the chunks before it.
+    """
+    ids = torch.tensor(job.context + tuple(t for c in job.chunks for t in c), dtype=torch.int64)
+    lay = model.layout
+    at = len(job.context)
+    k = torch.empty(lay.layers, len(ids) - at, lay.heads, lay.head_dim, dtype=lay.torch_dtype)
+    v = torch.empty_like(k)
+
+    def keep(layer: int, seen: Observed) -> None:
+        k[layer].copy_(seen.k[at:])
+        v[layer].copy_(seen.v[at:])
+
+    walk(model, ids, torch.arange(len(ids)), watch=keep)
+    sizes = [len(c) for c in job.chunks]
+    return list(zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True))
+
+
+def _recompute(state: Blend, chosen: Selection) -> None:
+    """Missing rows, chosen rows and the question through the layers, together and in order."""
+    rows = torch.cat([state.loaded.missing_rows, chosen.rows, state.question_rows]).unique()
+    if rows.numel() == 0:
+        return
+    hidden = None
+    if chosen.hidden is not None:  # a selector that walked every row hands over where it stopped
+        assert chosen.hidden_rows is not None
+        hidden = chosen.hidden[torch.searchsorted(chosen.hidden_rows, rows)]
+    state.walk(rows, first=chosen.layer, hidden=hidden)
+
+
+def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, load_s: float,
+             blend_s: float) -> BlendStats:  # fmt: skip
+    n = state.prompt.context_tokens
+    recomputed = torch.zeros(n, dtype=torch.bool)
+    recomputed[rows[rows < n]] = True
+    missing = ~state.loaded.present
+    missing[: state.computed] = False
+    recomputed &= ~missing
+    chunks = []
+    for segment, found in zip(state.prompt.segments, state.loaded.found, strict=True):
+        if segment.kind == "question":
+            continue
+        part = slice(segment.start, segment.stop)
+        lost, again = int(missing[part].sum()), int(recomputed[part].sum())
+        chunks.append(
+            ChunkStats(
+                name=segment.name,
+                tokens=segment.tokens,
+                reused=segment.tokens - lost - again,
+                recomputed=again,
+                missing=lost,
+                tier=found.tier,
+                miss_reason=found.miss_reason,
+            )
+        )
+    lost, again = int(missing.sum()), int(recomputed.sum())
+    return BlendStats(
+        mode="reuse" if options.mode == "reuse" else "blend",
+        tokens=n,
+        reused=n - lost - again,
+        recomputed=again,
+        missing=lost,
+        load_s=load_s,
+        blend_s=blend_s,
+        selector=selector,
+        chunks=tuple(chunks),
+    )

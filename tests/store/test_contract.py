@@ -1,0 +1,173 @@
+"""What every store promises."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from store import ChunkKV, KVStore, Miss, source_of
+
+Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
+Same = Callable[[object, ChunkKV], bool]
+Make = Callable[[int], ChunkKV]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 63])
+def test_what_was_put_comes_back_to_the_bit(
+    store: KVStore, make_with: Any, get: Get, same: Same, dtype: str, tokens: int
+) -> None:
+    maker = make_with(tokens=tokens)
+    chunk = replace(maker, layout=replace(maker.layout, dtype=dtype))(1)
+    chunk.k[0, 0, 0, :3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=chunk.k.dtype)
+    assert store.put(chunk) == chunk.layout.token_bytes * tokens
+    assert store.contains(chunk.key)
+    assert same(get(store, chunk), chunk)
+
+
+def test_strided_and_gradient_tensors_are_stored_by_value(
+    store: KVStore, make: Make, get: Get, same: Same
+) -> None:
+    chunk = make(1)
+    strided = replace(
+        chunk,
+        k=chunk.k.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0).requires_grad_(),
+        v=chunk.v.repeat(1, 1, 1, 2)[..., :8],
+    )
+    assert not strided.k.is_contiguous() and not strided.v.is_contiguous()
+    store.put(strided)
+    assert same(get(store, chunk), chunk)
+
+
+def test_a_second_put_writes_nothing(store: KVStore, make: Make, get: Get, same: Same) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    assert store.put(chunk) == 0
+    assert store.put(replace(chunk, k=chunk.k + 1)) == 0
+    assert same(get(store, chunk), chunk)
+    assert store.stats().entries == 1
+
+
+def test_a_caller_cannot_damage_what_is_stored(store: KVStore, make: Make, get: Get, same: Same) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    chunk.k.zero_()
+    for _ in range(2):
+        got = get(store, make(1))
+        assert same(got, make(1)) and isinstance(got, ChunkKV)
+        got.k.zero_()
+        got.v.zero_()
+
+
+def test_a_miss_says_why(store: KVStore, make: Make, make_with: Any, get: Get) -> None:
+    chunk = make(1)
+    assert get(store, chunk) == Miss("never_precomputed")
+    store.put(chunk)
+    other_model = make_with(layout=replace(chunk.layout, model="0000"))(1)
+    assert get(store, other_model) == Miss("model_changed")
+    assert get(store, make_with(tokenizer="0000")(1)) == Miss("tokenizer_changed")
+    both = make_with(layout=replace(chunk.layout, rope="0000"), tokenizer="0000")(1)
+    assert get(store, both) == Miss("model_changed")
+    assert get(store, replace(make(2), source=chunk.source)) == Miss("never_precomputed")  # its text changed
+    assert get(store, make(2)) == Miss("never_precomputed")
+    store.put(other_model)
+    assert get(store, make_with(tokenizer="0000")(1)) == Miss("tokenizer_changed")
+
+
+def test_evicted_is_said_until_it_is_put_again(store: KVStore, make: Make, get: Get, same: Same) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    assert store.delete(chunk.key, evicted=True)
+    assert get(store, chunk) == Miss("evicted")
+    assert not store.delete(chunk.key, evicted=True)
+    store.put(chunk)
+    assert same(get(store, chunk), chunk)
+    assert store.delete(chunk.key)
+    assert get(store, chunk) == Miss("never_precomputed")
+
+
+def test_deleting_leaves_no_trace_of_the_source(store: KVStore, make: Make, make_with: Any, get: Get) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    store.delete(chunk.key)
+    assert get(store, make_with(tokenizer="0000")(1)) == Miss("never_precomputed")
+    assert not store.contains(chunk.key) and not store.delete(chunk.key)
+
+
+def test_a_chunk_put_from_two_sources_is_known_by_both(
+    store: KVStore, make: Make, make_with: Any, get: Get
+) -> None:
+    chunk, second = make(1), source_of(b"s" * 32, "a copy of chunk 1")
+    store.put(chunk)
+    assert store.put(replace(chunk, source=second)) == 0
+    changed = make_with(tokenizer="0000")(1)
+    for source in (chunk.source, second):
+        assert get(store, replace(changed, source=source)) == Miss("tokenizer_changed")
+
+
+def test_an_entry_that_is_not_what_was_asked_for_is_not_served(
+    store: KVStore, make: Make, get: Get, same: Same
+) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    wrong_layout = replace(chunk, layout=replace(chunk.layout, rope="0000"))
+    assert get(store, wrong_layout) == Miss("model_changed")
+    assert get(store, replace(chunk, tokenizer="0000")) == Miss("tokenizer_changed")
+    wrong_ids = (*chunk.token_ids[:-1], 0)
+    assert get(store, replace(chunk, token_ids=wrong_ids)) == Miss("checksum_failed")
+    asked = store.get(chunk.key, chunk.layout, (), source=chunk.source, tokenizer=chunk.tokenizer)
+    assert asked == Miss("checksum_failed")
+    assert same(get(store, chunk), chunk)  # an intact entry is not deleted for a wrong question
+
+
+def test_the_listing_shows_every_entry_in_key_order(store: KVStore, make: Make) -> None:
+    chunks = sorted((make(n) for n in range(20)), key=lambda chunk: chunk.key)
+    for chunk in chunks:
+        store.put(chunk)
+    listed = list(store.entries())
+    assert [entry.key for entry in listed] == [chunk.key for chunk in chunks]
+    for entry, chunk in zip(listed, chunks, strict=True):
+        size = chunk.layout.token_bytes * len(chunk.token_ids)
+        assert (entry.tokens, entry.bytes, entry.tokenizer) == (16, size, chunk.tokenizer)
+        assert (entry.layout, entry.source) == (chunk.layout.digest.hex(), chunk.source)
+    stats = store.stats()
+    assert (stats.tier, stats.entries, stats.bytes) == (store.tier, 20, sum(e.bytes for e in listed))
+    for entry in store.entries():  # deleting while listing is allowed
+        store.delete(entry.key)
+    assert (store.stats().entries, store.stats().bytes) == (0, 0)
+
+
+def test_a_sound_store_verifies(store: KVStore, make: Make) -> None:
+    for n in range(5):
+        store.put(make(n))
+    report = store.verify(repair=True)
+    assert (report.checked, report.bad, report.repaired) == (5, (), 0)
+    assert store.stats().entries == 5
+
+
+def test_threads_put_get_and_delete_at_once(store: KVStore, make: Make, get: Get, same: Same) -> None:
+    wrong: list[object] = []
+
+    def work(start: int) -> None:
+        for n in range(start, start + 12):
+            chunk = make(n % 16)
+            store.put(chunk)
+            got = get(store, chunk)
+            if not same(got, chunk) and got not in (Miss("never_precomputed"), Miss("evicted")):
+                wrong.append(got)
+            if n % 3 == 0:
+                store.delete(chunk.key, evicted=n % 2 == 0)
+
+    threads = [threading.Thread(target=work, args=(5 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert store.verify().bad == ()
+    assert store.stats().bytes == sum(entry.bytes for entry in store.entries())
