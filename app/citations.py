@@ -1,7 +1,7 @@
 """Which retrieved passages an answer rests on.
 
-Two kinds of evidence, and nothing is cited without one: a marker ``[n]`` the model wrote (n counts the passages in prompt
-order), or words of the answer that stand in a sentence of a passage. Spans are character offsets into the answer.
+Two kinds of evidence, and nothing is cited without one: a marker ``[n]`` the model wrote (n counts the passages in
+prompt order), or words of the answer in a sentence of a passage. Spans are character offsets into the answer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-# A marker stands on its own: `a[0]` in code is not one.
-_MARKER = re.compile(r"(?: |(?<![\w\])]))\[(\d{1,3})\]")
-_OPEN = re.compile(r"(?: |(?<![\w\])]))\[\d{0,3}\Z| \Z")
+# Markers stand on their own, one or several: `a[0][1]` in code is none.
+_MARKERS = re.compile(r"(?: |(?<![\w\])]))(?:\[\d{1,3}\])+")
+_MARKER = re.compile(r"\[(\d{1,3})\]")
+_OPEN = re.compile(r"(?: |(?<![\w\])]))(?:\[\d{1,3}\])*(?:\[\d{0,3})?\Z")
 _WORD = re.compile(r"[^\W_]+(?:['’.\-][^\W_]+)*")
 _SENTENCE = re.compile(r"\S.*?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|(?=\n\s*\n)|$)", re.DOTALL)
 _STOP = frozenset(
-    "a about after all also an and any are as at be because been before being but by can could did do does for from had has "
-    "have he her here hers him his how i if in into is it its itself just me more most my no not of on one only or other our "
-    "out over own she so some such than that the their them then there these they this those to too under up very was we were "
-    "what when where which while who whom whose why will with would yes you your".split()
+    "a about after all also an and any are as at be because been before being but by can could did do does for "
+    "from had has have he her here hers him his how i if in into is it its itself just me more most my no not of "
+    "on one only or other our out over own she so some such than that the their them then there these they this "
+    "those to too under up very was we were what when where which while who whom whose why will with would yes "
+    "you your".split()
 )
 MAX_CITATIONS = 20
 
@@ -104,10 +106,13 @@ class MarkerFilter:
         end = unfinished.start() if unfinished else len(whole)
         self._held = whole[end:]
         shown, last = [], at
-        for found in _MARKER.finditer(whole, at, end) if self.passages else ():
-            if not 1 <= int(found.group(1)) <= self.passages:
-                self.removed += 1
-                shown.append(whole[last : found.start()])
+        for found in _MARKERS.finditer(whole, at, end) if self.passages else ():
+            numbers = _MARKER.findall(found.group())
+            known = [n for n in numbers if 1 <= int(n) <= self.passages]
+            if len(known) < len(numbers):
+                self.removed += len(numbers) - len(known)
+                space = " " if known and found.group().startswith(" ") else ""
+                shown += [whole[last : found.start()], space, *(f"[{n}]" for n in known)]
                 last = found.end()
         shown.append(whole[last:end])
         out = "".join(shown)
@@ -132,20 +137,19 @@ def _by_marker(
     answer: str, start: int, stop: int, passages: Sequence[Passage], sentences: Sequence[_Sentence]
 ) -> Iterator[Citation]:
     """The sentence's markers, each with the sentence of its passage that shares most words; none shared, none cited."""
-    said = _words(_MARKER.sub(" ", answer[start:stop])).content
-    for marker in _MARKER.finditer(answer, start, stop):
+    said = _words(_MARKERS.sub(" ", answer[start:stop])).content
+    markers = [m for group in _MARKERS.finditer(answer, start, stop) for m in _MARKER.finditer(answer, *group.span())]
+    for marker in markers:
         number = int(marker.group(1))
         if not 1 <= number <= len(passages):
             continue
         own = [s for s in sentences if s.passage is passages[number - 1]]
         best = max(own, key=lambda s: len(said & s.words.content), default=None)
         if best is not None and said & best.words.content:
-            yield Citation(marker.end() - len(marker.group().lstrip()), marker.end(), best.passage, best.text)
+            yield Citation(marker.start(), marker.end(), best.passage, best.text)
 
 
-def _by_words(
-    answer: str, start: int, stop: int, asked: _Words, sentences: Sequence[_Sentence]
-) -> list[Citation]:
+def _by_words(answer: str, start: int, stop: int, asked: _Words, sentences: Sequence[_Sentence]) -> list[Citation]:
     """The longest run of the answer's words that a passage has too and that says more than the question did."""
     said = _words(answer[start:stop])
     new = said.content - asked.content
@@ -212,6 +216,8 @@ def _sentence_spans(text: str) -> Iterator[tuple[int, int]]:
 
 def _words(text: str) -> _Words:
     found = list(_WORD.finditer(text))
-    words = tuple(unicodedata.normalize("NFKC", w.group()).casefold().removesuffix("'s").removesuffix("’s") for w in found)
+    words = tuple(
+        unicodedata.normalize("NFKC", w.group()).casefold().removesuffix("'s").removesuffix("’s") for w in found
+    )
     proper = frozenset(w for i, (w, m) in enumerate(zip(words, found, strict=True)) if i and m.group()[0].isupper())
     return _Words(words, tuple(m.span() for m in found), proper)

@@ -5,7 +5,6 @@ Rooms raise what went wrong in their own words; nothing outside this file knows 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +84,17 @@ class RequestTimeoutError(AppError):
     """The request took longer than its limit."""
 
 
+class ClientGoneError(AppError):
+    """The client closed the connection; nobody reads this answer."""
+
+
+class StorageError(AppError):
+    """The data directory could not be written."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """How one kind of exception looks to a client. ``show``: its message is meant for clients; else it may hold paths."""
+    """How one kind of exception looks to a client. ``show``: its message is for clients; else it may hold paths."""
 
     status: int
     type: str
@@ -126,8 +133,9 @@ TABLE: dict[type[BaseException], Shape] = {
     retriever.RetrieverError: Shape(500, _SERVER, "retriever_error", show=False),
     blend.EngineError: Shape(503, _SERVER, "engine_error", show=False, retry_after=10),
     blend.BlendError: Shape(500, _SERVER, "blend_error", show=False),
+    ClientGoneError: Shape(499, _BAD, "client_closed_request"),
+    StorageError: Shape(507, _SERVER, "storage_full"),
     AppError: Shape(500, _SERVER, "server_error", show=False),
-    asyncio.CancelledError: Shape(503, _SERVER, "cancelled", show=False),
 }
 _UNKNOWN = Shape(500, _SERVER, "server_error", show=False)
 _HIDDEN = "the server failed on this request; its log has the cause under this request id"

@@ -21,17 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.errors import JobNotFoundError, NotReadyError, OverloadedError
+from app.errors import JobNotFoundError, NotReadyError, OverloadedError, StorageError
 
-State = Literal[
-    "queued", "parsing", "chunking", "embedding", "searchable", "precomputing", "precomputed", "failed"
-]
+State = Literal["queued", "parsing", "chunking", "embedding", "searchable", "precomputing", "precomputed", "failed"]
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Item:
-    """One thing to ingest. ``kind`` ``file`` and ``text`` have their bytes in the job's folder under ``number``."""
+    """One thing to ingest; its bytes are in the job's folder under ``number`` until it is searchable."""
 
     number: int
     kind: Literal["file", "text", "chunks"]
@@ -43,7 +41,7 @@ class Item:
 
 @dataclass
 class DocumentResult:
-    """What became of one document (or of a file that gave none): ``status`` as a job's state, ``error`` if it failed."""
+    """What became of one document, or of a file that gave none; ``status`` is searchable, precomputed or failed."""
 
     filename: str
     status: str
@@ -150,7 +148,7 @@ Step = Callable[[Job, Callable[[], None]], Awaitable[None]]
 class Jobs:
     """The bounded queue of jobs and its workers.
 
-    ``ingest(job, changed)`` brings a job to ``searchable``; ``precompute(job, changed)``, if given, on to ``precomputed``.
+    ``ingest(job, changed)`` brings a job to ``searchable``; ``precompute(job, changed)``, if given, to ``precomputed``.
     Both call ``changed()`` after they changed the job and raise only on faults of ours.
     """
 
@@ -177,7 +175,12 @@ class Jobs:
                 job.documents.clear()
                 self._enter(job, 0)
             else:
-                self._finish(job, "failed", "server_error", "the service stopped before the upload was stored; send it again")
+                self._finish(
+                    job,
+                    "failed",
+                    "server_error",
+                    "the service stopped before the upload was stored; send it again",
+                )
         self._workers = [
             asyncio.create_task(self._work(step), name=f"ragblend-jobs-{step}") for step in (0, 1) if self._steps[step]
         ]
@@ -198,9 +201,11 @@ class Jobs:
 
         try:
             await asyncio.to_thread(keep)
+        except (OSError, sqlite3.Error) as e:
+            self._forget(job)
+            raise StorageError(f"the upload could not be stored: {e}; free space in the data directory") from e
         except BaseException:
-            del self._live[job.id]
-            self.records.drop_bytes(job.id)
+            self._forget(job)
             raise
         self._enter(job, 0)
         return job
@@ -228,6 +233,17 @@ class Jobs:
         self._workers.clear()
         await asyncio.to_thread(self.records.close)
 
+    def _forget(self, job: Job) -> None:
+        del self._live[job.id]
+        self.records.drop_bytes(job.id)
+
+    def _save(self, job: Job) -> None:
+        """A record that cannot be written must not lose the work it is about."""
+        try:
+            self.records.save(job)
+        except sqlite3.Error as e:
+            log.error("the record of job %s (%s) could not be written: %s", job.id, job.state, e)
+
     def _enter(self, job: Job, step: int) -> None:
         self._live[job.id] = job
         self._ended.setdefault(job.id, asyncio.Event())
@@ -241,7 +257,7 @@ class Jobs:
         if code is not None:
             job.last_error = {"code": code, "message": message}
         self._live.pop(job.id, None)
-        self.records.save(job)
+        self._save(job)
         if (ended := self._ended.pop(job.id, None)) is not None:
             ended.set()
 
@@ -252,7 +268,7 @@ class Jobs:
             job = await self._queues[step].get()
 
             def changed(job: Job = job) -> None:
-                self.records.save(job)
+                self._save(job)
 
             try:
                 await run(job, changed)

@@ -20,7 +20,9 @@ class Metrics:
             "ragblend_ttft_seconds", "Request to first token.", ["path"], buckets=_SECONDS, registry=r
         )
         self.context = Counter("ragblend_context_tokens", "Context rows by what happened.", ["kind"], registry=r)
-        self.lookups = Counter("ragblend_chunk_lookups", "Chunks looked up in the store.", ["tier", "result"], registry=r)
+        self.lookups = Counter(
+            "ragblend_chunk_lookups", "Chunks looked up in the store.", ["tier", "result"], registry=r
+        )
         self.documents = Counter("ragblend_ingest_documents", "Documents ingested, by result.", ["result"], registry=r)
         self.invalid_citations = Counter(
             "ragblend_invalid_citations", "Citation markers of no passage, removed.", registry=r
@@ -36,7 +38,7 @@ class Metrics:
         self.context.labels("reused").inc(stats.reused)
         self.context.labels("recomputed").inc(stats.recomputed)
         self.context.labels("missing").inc(stats.missing)
-        for chunk in stats.chunks:
+        for chunk in stats.chunks if stats.mode != "full" else ():  # a full prefill looks nothing up
             result = "hit" if chunk.tier else chunk.miss_reason or "miss"
             self.lookups.labels(chunk.tier or "none", result).inc()
 

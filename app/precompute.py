@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.rag import References
 from app.traffic import Traffic
@@ -16,7 +16,6 @@ from blend.errors import PromptTooLongError
 from blend.types import CompileJob, CompileResult
 from retriever.errors import UnknownDocumentError
 from retriever.types import DocumentInfo
-from store.base import KVStore
 from store.errors import StoreError, StoreFullError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PrecomputeReport:
-    """Chunks ``done`` now, ``skipped`` because the store has them, ``failed``; payload ``bytes`` written, ``tokens`` run
+    """Chunks ``done`` now, ``skipped`` (the store has them), ``failed``; payload ``bytes`` written, ``tokens`` run
     through the model (contexts included). ``stopped`` says why it ended early, if it did."""
 
     done: int = 0
@@ -61,7 +60,7 @@ async def precompute(
     """Compile all documents of ``collection`` (default: of every collection).
 
     Resumable: with ``only_missing`` what the store has is skipped. Interruptible: when cancelled, the running pass is
-    finished, then ``CancelledError`` is raised; ``progress`` has seen the report. ``max_gib`` bounds what this run writes.
+    finished, then ``CancelledError`` is raised; ``progress`` has seen the report. ``max_gib`` bounds what is written.
     A full store ends the run with ``stopped`` set. Raises ``UnknownCollectionError``, ``EngineError``.
     """
     documents = await asyncio.to_thread(service.retriever.documents, collection)
@@ -71,8 +70,8 @@ async def precompute(
 class Precomputer:
     """Runs compile passes one at a time, and each only when no chat request is waiting."""
 
-    def __init__(self, engine: Engine, store: KVStore | None, references: References, traffic: Traffic) -> None:
-        self._engine, self._store, self._references, self._traffic = engine, store, references, traffic
+    def __init__(self, engine: Engine, references: References, traffic: Traffic) -> None:
+        self._engine, self._references, self._traffic = engine, references, traffic
         self._one = asyncio.Lock()
 
     async def run(
@@ -89,7 +88,9 @@ class Precomputer:
         async with self._one:
             if (job := await asyncio.to_thread(self._prefix_job)) is not None:
                 await self._passes([job], report, None, lambda: None)
-                report = PrecomputeReport(bytes=report.bytes, tokens=report.tokens, stopped=report.stopped, error=report.error)
+                report = PrecomputeReport(
+                    bytes=report.bytes, tokens=report.tokens, stopped=report.stopped, error=report.error
+                )
 
             def tell() -> None:
                 report.seconds = time.perf_counter() - begin
@@ -110,7 +111,11 @@ class Precomputer:
         return report
 
     async def _passes(
-        self, jobs: Sequence[CompileJob], report: PrecomputeReport, max_gib: float | None, tell: Callable[[], None]
+        self,
+        jobs: Sequence[CompileJob],
+        report: PrecomputeReport,
+        max_gib: float | None,
+        tell: Callable[[], None],
     ) -> None:
         for job in jobs:
             need = sum(len(c) for c in job.chunks) * self._engine.info.layout.token_bytes
@@ -136,22 +141,19 @@ class Precomputer:
 
     def _prefix_job(self) -> CompileJob | None:
         job = self._references.keys.prefix_job()
-        return None if self._has(job.keys[0]) else job
+        return None if self._engine.store.contains(job.keys[0]) else job
 
     def _jobs(self, document: DocumentInfo, only_missing: bool) -> tuple[list[CompileJob], int]:
         """Passes for ``document``, and how many of its chunks no pass touches."""
         refs = self._references.of(document)
-        wanted = [not (only_missing and self._has(r.key)) for r in refs]
+        wanted = [not (only_missing and self._engine.store.contains(r.key)) for r in refs]
         jobs = self._references.keys.jobs(refs, wanted)
         return jobs, len(refs) - sum(len(j.chunks) for j in jobs)
 
-    def _has(self, key: object) -> bool:
-        return self._store is not None and self._store.contains(key)  # type: ignore[arg-type]
 
-
-async def _finished(passing: object) -> CompileResult:
+async def _finished(passing: Coroutine[Any, Any, CompileResult]) -> CompileResult:
     """The result of a compile pass; a cancellation waits for its end, so that no half pass is thrown away."""
-    task: asyncio.Task[CompileResult] = asyncio.ensure_future(passing)  # type: ignore[call-overload]
+    task = asyncio.ensure_future(passing)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Retrieval to prompt: search, put into reading order, fit whole chunks into the budget, give each its store address."""
+"""Retrieval to prompt: search, fit whole chunks into the budget, put them into reading order, address their KV."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from blend.prompt import ChunkRef, PromptLayout, TemplateError
 from blend.types import Prompt
 from retriever.embed import Embedder, Vectors
 from retriever.retriever import Retriever
+from retriever.search import Mode
 from retriever.types import DocumentInfo, Hit
 
 Messages = Sequence[Mapping[str, Any]]
@@ -63,7 +64,7 @@ class Query:
     collections: tuple[str, ...]
     k: int
     neighbours: int
-    mode: str
+    mode: Mode
     filters: Mapping[str, Any] | None = None
     score_threshold: float | None = None
     max_context_tokens: int | None = None
@@ -114,7 +115,13 @@ class References:
 
     def of(self, document: DocumentInfo, *, fresh: bool = False) -> list[ChunkRef]:
         """References of all chunks of ``document`` in reading order; ``fresh`` reads them again."""
-        version = (document.collection, document.id, document.sha256, str(document.chunks), str(document.characters))
+        version = (
+            document.collection,
+            document.id,
+            document.sha256,
+            str(document.chunks),
+            str(document.characters),
+        )
         with self._lock:
             if fresh:
                 self._held -= len(self._known.pop(version, ()))
@@ -177,8 +184,8 @@ class Rag:
         used = len(prompt.token_ids)
         if used + max_tokens > self.max_context:
             raise ContextLengthError(
-                f"this model's context holds {self.max_context} tokens; the messages have {used} and {max_tokens} are asked for "
-                "as the answer; shorten the messages or lower max_tokens",
+                f"this model's context holds {self.max_context} tokens; the messages have {used} and {max_tokens} are "
+                "asked for as the answer; shorten the messages or lower max_tokens",
                 param="messages" if used >= self.max_context else "max_tokens",
             )
         return self.max_context - used - max_tokens
@@ -216,7 +223,14 @@ class Rag:
         if ref is None:  # its text is still a right answer
             ref = self._references.alone(chunk.id, chunk.text)
         passage = Passage(
-            chunk.id, document.id, document.title, document.filename, chunk.text, hit.score, chunk.page, chunk.heading
+            chunk.id,
+            document.id,
+            document.title,
+            document.filename,
+            chunk.text,
+            hit.score,
+            chunk.page,
+            chunk.heading,
         )
         return Retrieved(passage, ref, document.collection, chunk.ordinal, chunk.start, chunk.stop)
 
@@ -256,10 +270,7 @@ def _score(r: Retrieved) -> float:
 
 def _question(messages: Messages) -> str:
     """The last user message's text."""
-    content = next((m.get("content") for m in reversed(messages) if m.get("role") == "user"), None)
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text") or "") for part in content)
-    return content or ""
+    return next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def _ms(begin: float) -> float:

@@ -2,27 +2,207 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from app.errors import StartError
+from app.ingest import Ingester
+from app.jobs import JobRecords, Jobs
+from app.metrics import Metrics
+from app.precompute import Precomputer
+from app.rag import Rag, References, TimedEmbedder
 from app.settings import Settings
-from blend.engines import Engine
+from app.traffic import Traffic
+from blend.engines import Engine, EngineConfig, open_engine
+from blend.keys import KeyMaker
+from blend.prompt import CHUNK_END, PromptLayout
+from retriever.embed import Embedder, open_embedder
+from retriever.retriever import Retriever
+
+_SALT_BYTES = 32
+log = logging.getLogger(__name__)
+
+
+class SharedTokenizer:
+    """A Hugging Face tokenizer that several threads may use.
+
+    ``split_special_tokens`` is a switch inside the one tokenizer object: without the lock, one thread's template could
+    turn another thread's document text into control tokens.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self._lock = inner, threading.Lock()
+        self.chat_template = getattr(inner, "chat_template", None)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        with self._lock:
+            return self._inner(text, **options)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        with self._lock:
+            return self._inner.apply_chat_template(messages, **options)
 
 
 class Service:
     """Everything one server holds. Open with ``await Service.open(settings)``, end with ``await service.close()``."""
 
-    settings: Settings
-    engine: Engine
-    # layout: PromptLayout, keys: KeyMaker, retriever: Retriever, jobs: Jobs, metrics: Metrics, tenant_salt: bytes
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        layout: PromptLayout,
+        retriever: Retriever,
+        tenant_salt: bytes,
+    ) -> None:
+        info = engine.info
+        self.settings, self.engine, self.layout = settings, engine, layout
+        self.retriever, self.tenant_salt = retriever, tenant_salt
+        self.keys = KeyMaker(
+            layout=info.layout,
+            tokenizer=info.tokenizer,
+            tenant_salt=tenant_salt,
+            prefix=layout.prefix,
+            context=settings.compile.context,
+            budget=_budget(settings, info.max_context - len(layout.prefix), layout),
+        )
+        self.metrics = Metrics()
+        self.traffic = Traffic(settings.limits.requests)
+        self.references = References(retriever, layout, self.keys)
+        self.rag = Rag(retriever, layout, self.references, info.max_context)
+        self.precomputer = Precomputer(engine, self.references, self.traffic)
+        self.jobs: Jobs | None = None
 
     @classmethod
     async def open(
-        cls, settings: Settings, *, engine: Engine | None = None, tokenizer: Any = None, embedder: Any = None,
+        cls,
+        settings: Settings,
+        *,
+        engine: Engine | None = None,
+        tokenizer: Any = None,
+        embedder: Embedder | None = None,
         jobs: bool = True,
-    ) -> Service:  # fmt: skip
-        """Start every part. ``engine``, ``tokenizer`` and ``embedder`` may be given (tests, other programs);
-        ``jobs=False`` leaves background work to the caller (offline precompute)."""
-        raise NotImplementedError
+    ) -> Service:
+        """Start every part. ``engine`` (closed with the service), ``tokenizer`` and ``embedder`` may be given;
+        ``jobs=False`` leaves ingest and precompute to the caller. Raises ``StartError`` and the rooms' own errors."""
+        if engine is None or tokenizer is None:
+            _check_model(settings.model)
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True)
+            salt = tenant_salt(settings.data_dir)
+        except OSError as e:
+            raise StartError(f"data_dir {settings.data_dir} cannot be used: {e.strerror or e}") from e
+        if engine is None:
+            engine = await open_engine(settings.engine, _engine_config(settings))
+        retriever = None
+        try:
+            if tokenizer is None:
+                tokenizer = await asyncio.to_thread(_load_tokenizer, settings.model)
+            layout = PromptLayout(SharedTokenizer(tokenizer))
+            if embedder is None:
+                embedder = await asyncio.to_thread(open_embedder, settings.embedder)
+            retriever = await asyncio.to_thread(_open_retriever, settings, TimedEmbedder(embedder), layout)
+            service = cls(settings, engine, layout, retriever, salt)
+            if jobs:
+                service._start_jobs()
+            return service
+        except BaseException:
+            if retriever is not None:
+                retriever.close()
+            await engine.stop()
+            raise
 
     async def close(self) -> None:
-        """Stop taking work, finish the current compile pass, close every part. May be called twice."""
+        """Stop taking work, finish the running compile pass, close every part. May be called twice."""
+        jobs, self.jobs = self.jobs, None
+        if jobs is not None:
+            await jobs.close()
+        await self.engine.stop()
+        await asyncio.to_thread(self.retriever.close)
+
+    def _start_jobs(self) -> None:
+        records = JobRecords(self.settings.data_dir)
+        ingester = Ingester(self.retriever, self.precomputer, self.metrics, records)
+        precompute = ingester.precompute if self.settings.precompute_on_ingest else None
+        self.jobs = Jobs(records, ingester.ingest, precompute, limit=self.settings.limits.jobs)
+        self.jobs.start()
+
+
+def tenant_salt(data_dir: Path, tenant: str = "default") -> bytes:
+    """The tenant's 32 secret bytes, made once. Losing the file loses no answer, only every cached KV.
+
+    Written beside its place and linked there, so that two processes that start at once agree and a crash leaves no
+    half secret. Raises ``StartError`` if the file holds anything else.
+    """
+    folder = data_dir / "tenants"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{tenant}.salt"
+    if not path.exists():
+        draft = folder / f".{secrets.token_hex(8)}"
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+            f.write(secrets.token_bytes(_SALT_BYTES))
+            f.flush()
+            os.fsync(f.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            log.debug("another process made the salt first")
+        finally:
+            draft.unlink()
+    salt = path.read_bytes()
+    if len(salt) != _SALT_BYTES:
+        raise StartError(f"{path} holds {len(salt)} bytes, a tenant salt has {_SALT_BYTES}; restore or remove it")
+    return salt
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    limit = settings.store.max_gib
+    return EngineConfig(
+        model=settings.model,
+        store=settings.store_dir,
+        dtype=settings.dtype,
+        max_context=settings.max_context,
+        kv_cache_gib=settings.kv_cache_gib,
+        max_store_bytes=None if limit is None else int(limit * 2**30),
+        device=settings.device,
+        options={"min_context_tokens": settings.blend.min_context_tokens},
+    )
+
+
+def _check_model(model: str) -> None:
+    """A missing folder is told before anything heavy is loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise StartError(
+            f"model {model!r} is not a folder; give the folder of a Hugging Face checkpoint (config.json, ...)"
+        )
+    if not (folder / "config.json").is_file():
+        raise StartError(f"model folder {model!r} has no config.json; it does not hold a Hugging Face checkpoint")
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer  # seconds to import; not needed where a tokenizer is given
+
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise StartError(f"the tokenizer of {model!r} cannot be loaded: {e}") from e
+
+
+def _open_retriever(settings: Settings, embedder: Embedder, layout: PromptLayout) -> Retriever:
+    return Retriever.open(settings.index_dir, embedder, layout.count_tokens, chunk_tokens=settings.chunk_tokens)
+
+
+def _budget(settings: Settings, room: int, layout: PromptLayout) -> int:
+    """Document tokens of one compile pass. Raises ``StartError`` if not even one chunk fits."""
+    chunk = settings.chunk_tokens + len(layout.chunk_ids(CHUNK_END))
+    if chunk >= room:
+        raise StartError(
+            f"chunk_tokens {settings.chunk_tokens} does not fit the model: it leaves {room} tokens for documents"
+        )
+    return min(max(settings.compile.budget, chunk), room - 1)

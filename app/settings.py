@@ -44,7 +44,7 @@ class BlendSettings(_Part):
     mode: Literal["auto", "blend", "reuse", "full"] = "auto"
     selector: str = "auto"
     recompute_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    min_context_tokens: int = Field(0, ge=0)
+    min_context_tokens: int = Field(64, ge=0)
 
 
 class RetrievalSettings(_Part):
@@ -112,8 +112,8 @@ class Settings(BaseSettings):
             raise ValueError("api_key is empty; leave it out or set a secret")
         if self.api_key is None and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host!r} is not a loopback address and no api_key is set: everyone who reaches the port could "
-                "read the documents; set RAGBLEND_API_KEY or bind 127.0.0.1"
+                f"host {self.host!r} is not a loopback address and no api_key is set: everyone who reaches the port "
+                "could read the documents; set RAGBLEND_API_KEY or bind 127.0.0.1"
             )
         return self
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from blend.decide import decide, full_stats
 from blend.engines.base import EngineInfo
-from blend.errors import EngineError, PromptTooLongError
+from blend.errors import EngineError, PromptTooLongError, UnknownSelectorError
 from blend.select import NAMES
 from blend.types import (
     BlendOptions,
@@ -29,7 +30,6 @@ from blend.types import (
     Sampling,
     TokenLogprob,
 )
-from blend.errors import UnknownSelectorError
 from store.base import KVStore, Miss
 from store.types import ChunkKV, KVLayout
 
@@ -97,13 +97,13 @@ class TrivialEngine:
         await self.check()
         if len(request.prompt.token_ids) + request.sampling.max_tokens > self._info.max_context:
             raise PromptTooLongError(
-                f"{len(request.prompt.token_ids)} prompt tokens and {request.sampling.max_tokens} new tokens do not fit "
-                f"the model's {self._info.max_context}"
+                f"{len(request.prompt.token_ids)} prompt tokens and {request.sampling.max_tokens} new tokens do not "
+                f"fit the model's {self._info.max_context}"
             )
         self.running.add(request.id)
         try:
-            stats = self._blend(request.prompt, request.blend)
-            cached = stats.reused if stats else 0
+            stats: BlendStats | None = self._blend(request.prompt, request.blend)
+            cached = stats.reused if stats else None
             text, finish = _cut(self._answer(request.prompt), request.sampling)
             for piece in _PIECES.findall(text):
                 await asyncio.sleep(self.delay_s)
@@ -136,20 +136,17 @@ class TrivialEngine:
             self._stopped = True
             self.store.close()
 
-    def _blend(self, prompt: Prompt, options: BlendOptions) -> BlendStats | None:
+    def _blend(self, prompt: Prompt, options: BlendOptions) -> BlendStats:
         """Look up every context segment and count its rows; the first ``ratio`` of what was found is "recomputed"."""
-        if prompt.context_tokens == 0:
-            return None
         if options.selector not in NAMES:
             raise UnknownSelectorError(f"selector {options.selector!r} is unknown; choose one of {', '.join(NAMES)}")
-        mode = "blend" if options.mode == "auto" else options.mode
-        ratio = {"full": 1.0, "reuse": 0.0}.get(mode, options.recompute_ratio)
+        mode, why = decide(prompt, options, self.store.contains)
+        if mode == "full":
+            return full_stats(prompt, why=why)
+        ratio = 0.0 if mode == "reuse" else options.recompute_ratio
         begin = time.perf_counter()
         chunks = []
         for s in prompt.segments[:-1]:
-            if mode == "full":
-                chunks.append(ChunkStats(s.name, s.tokens, 0, s.tokens, 0, miss_reason="disabled"))
-                continue
             ids = prompt.token_ids[s.start : s.stop]
             assert s.key is not None
             found = self.store.get(s.key, LAYOUT, ids, source=s.source, tokenizer=TOKENIZER)
@@ -167,8 +164,8 @@ class TrivialEngine:
             recomputed=sum(c.recomputed for c in chunks),
             missing=sum(c.missing for c in chunks),
             load_s=time.perf_counter() - begin,
-            selector=None if mode == "full" else options.selector,
-            why="the trivial engine always blends" if options.mode == "auto" else None,
+            selector=options.selector,
+            why=why,
             chunks=tuple(chunks),
         )
 

@@ -39,7 +39,7 @@ class KeyMaker:
 
     def document(self, names: Sequence[str], chunks: Sequence[tuple[int, ...]]) -> list[ChunkRef]:
         """References of a document's chunks, in reading order. ``names`` are chunk ids, ``chunks`` token ids."""
-        refs = []
+        refs: list[ChunkRef] = []
         for start, stop in self._windows(chunks):
             before: tuple[int, ...] = self.prefix + _join(chunks[start : len(refs)])
             for i in range(len(refs), stop):

@@ -58,9 +58,7 @@ def load(model: BlendModel, prompt: Prompt, store: KVStore, *, tokenizer: str, c
         part = slice(segment.start, segment.stop)
         delta = segment.start - chunk.k_position
         rope = model.rope
-        k[:, part] = (
-            rotate(chunk.k, delta, rope.inv_freq.float(), interleaved=rope.interleaved) if delta else chunk.k
-        )
+        k[:, part] = rotate(chunk.k, delta, rope.inv_freq.float(), interleaved=rope.interleaved) if delta else chunk.k
         v[:, part] = chunk.v
         present[part] = True
     rows = present.nonzero().flatten()

@@ -67,7 +67,7 @@ def walk(model: BlendModel, ids: Tensor, rows: Tensor, *, first: int = 0, last: 
 
 def blend(model: BlendModel, prompt: Prompt, options: BlendOptions, store: KVStore, *, tokenizer: str,
           computed: int = 0, stop: int | None = None) -> BlendStats:  # fmt: skip
-    """Fuse the cached KV of ``prompt``'s segments and repair it; afterwards rows ``computed .. stop - 1`` are in the cache.
+    """Fuse the cached KV of ``prompt``'s segments and repair it: rows ``computed .. stop - 1`` are then in the cache.
 
     ``stop`` defaults to the prompt's end. ``mode="reuse"`` recomputes nothing but what is missing; a ratio whose
     budget covers the context recomputes every row, which equals full prefill. Raises ``UnknownSelectorError``.

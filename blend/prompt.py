@@ -4,8 +4,8 @@
     chunk    each chunk tokenised on its own (so its ids never depend on its neighbours), joined by ids
     question the rest of the template: client system text, history, the last user message, generation prompt
 
-The passages stand inside the system message, so the prefix is the same for every request and conversation turns of any
-number may follow. Nothing is tokenised across a segment boundary; that is what makes a chunk's ids position-independent.
+The passages stand inside the system message, so the prefix is the same for every request and any number of turns may
+follow. Nothing is tokenised across a segment boundary; that is what makes a chunk's ids position-independent.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class PromptLayout:
         self.tokenizer = tokenizer
         self.instruction = instruction
         if not getattr(tokenizer, "chat_template", None):
-            raise TemplateError(
-                "the tokenizer has no chat template; add chat_template.jinja to the model folder"
-            )
+            raise TemplateError("the tokenizer has no chat template; add chat_template.jinja to the model folder")
         self.prefix, _ = self._split([{"role": "user", "content": "x"}])
 
     # -- public ---------------------------------------------------------------------------------------------------
@@ -71,9 +69,7 @@ class PromptLayout:
         segments = [Segment("prefix", 0, len(self.prefix), prefix.key, prefix.source, "prefix")]
         ids = list(self.prefix)
         for c in chunks:
-            segments.append(
-                Segment("chunk", len(ids), len(ids) + len(c.token_ids), c.key, c.source, c.name)
-            )
+            segments.append(Segment("chunk", len(ids), len(ids) + len(c.token_ids), c.key, c.source, c.name))
             ids.extend(c.token_ids)
         before, question = self._split(messages)
         if before != self.prefix:
@@ -83,7 +79,7 @@ class PromptLayout:
 
     def plain(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """The template as it is, without retrieval: one question segment."""
-        marked = [{**m, "content": f"{_MARK}{i};"} for i, m in enumerate(messages)]
+        marked = [{"role": _role(m), "content": f"{_MARK}{i};"} for i, m in enumerate(messages)]
         ids = self._fill(str(self._render(marked)), [_text(m) for m in messages])
         return Prompt(ids, (Segment("question", 0, len(ids)),))
 
@@ -101,10 +97,9 @@ class PromptLayout:
         ever parsed as a control token. The client's own system text follows the passages.
         """
         system = "\n\n".join(_text(m) for m in messages if m.get("role") in _SYSTEM_ROLES)
-        turns = [dict(m) for m in messages if m.get("role") not in _SYSTEM_ROLES]
-        contents = [_text(m) for m in turns]
-        for i, m in enumerate(turns):
-            m["content"] = f"{_MARK}{i};"
+        said = [m for m in messages if m.get("role") not in _SYSTEM_ROLES]
+        contents = [_text(m) for m in said]
+        turns = [{"role": _role(m), "content": f"{_MARK}{i};"} for i, m in enumerate(said)]
         rendered = self._render([{"role": "system", "content": f"{_MARK}s;"}, *turns], quiet=True)
         if rendered is None or f"{_MARK}s;" not in rendered:  # no system role: the passages open the first user turn
             first = next((m for m in turns if m.get("role") == "user"), None)
@@ -125,6 +120,8 @@ class PromptLayout:
         ids += self._template_ids(parts[0])
         for part in parts[1:]:
             number, _, text = part.partition(";")
+            if not number.isdigit():
+                raise TemplateError("the chat template repeats the system text")
             ids += self._text_ids(contents[int(number)]) + self._template_ids(text)
         return ids
 
@@ -153,6 +150,15 @@ class PromptLayout:
 
 
 _SYSTEM_ROLES = ("system", "developer")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    """The template's name of the role; another one could carry control tokens, and most templates know only these."""
+    role = message.get("role")
+    if role not in _ROLES:
+        raise TemplateError(f"role {role!r} is not supported; choose one of {', '.join(_ROLES)}")
+    return _ROLES[role]
 
 
 def _text(message: Mapping[str, Any]) -> str:

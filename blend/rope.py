@@ -68,9 +68,7 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int) -> Rope:
     elif kind == "llama3":
         inv_freq = _llama3(base, scaling)
     else:
-        original = float(
-            scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
-        )
+        original = float(scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0)
         inv_freq = _yarn(base, scaling, float(theta), rotary_dim, original)
         attention_factor = _yarn_attention(scaling, factor)
     text = f"{kind}|{rotary_dim}|{attention_factor!r}|" + ",".join(repr(x) for x in inv_freq.tolist())

@@ -42,7 +42,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(
             f"config field sliding_window is {config['sliding_window']!r}: sliding-window attention is not supported"
         )
-    if config.get("quantization_config", {}).get("kv_cache_scheme"):
+    if (config.get("quantization_config") or {}).get("kv_cache_scheme"):
         raise UnsupportedModelError("config field quantization_config.kv_cache_scheme: fp8 KV scales are not supported")
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(

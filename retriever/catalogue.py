@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retriever import keywords
-from retriever.database import Database
+from retriever.database import Database, claim
 from retriever.errors import IndexMismatchError, UnknownCollectionError
 from retriever.types import Chunk, CollectionInfo, Document, DocumentInfo
 
@@ -57,10 +57,15 @@ class Catalogue:
         folder.mkdir(parents=True, exist_ok=True)
         database = Database.open(folder / "catalogue.sqlite3")
         try:
-            return cls(database, _claim(database, embedder_name, dimension))
+            catalogue = cls(database, claim(database, embedder_name, dimension))
+            with database.read() as sql:
+                new = not sql.execute("SELECT 1 FROM collections").fetchone()
+            if new:
+                catalogue.create_collection("default")
         except BaseException:
             database.close()
             raise
+        return catalogue
 
     # Collections
 
@@ -243,25 +248,6 @@ class Catalogue:
                 values,
             )
             return [Found(row[0], row[1], Chunk(*row[2:])) for row in rows]
-
-
-def _claim(database: Database, embedder_name: str, dimension: Callable[[], int]) -> int:
-    """The dimension of the stored vectors. The embedder is asked only for a new folder: that loads its model."""
-    with database.read() as sql:
-        meta = dict(sql.execute("SELECT key, value FROM meta").fetchall())
-    if not meta:
-        asked = dimension()  # outside the transaction: loading takes seconds
-        with database.write() as sql:
-            sql.execute("INSERT OR IGNORE INTO meta VALUES('embedder', ?)", (embedder_name,))
-            sql.execute("INSERT OR IGNORE INTO meta VALUES('dimension', ?)", (str(asked),))
-            _create_collection(sql, "default")
-            meta = dict(sql.execute("SELECT key, value FROM meta").fetchall())
-    if meta["embedder"] != embedder_name:
-        raise IndexMismatchError(
-            f"the data folder was made with the embedder {meta['embedder']!r}, not {embedder_name!r}; "
-            "set that embedder, or ingest the documents again into a new folder"
-        )
-    return int(meta["dimension"])
 
 
 def _collection(sql: sqlite3.Connection, name: str) -> CollectionRow:

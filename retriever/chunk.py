@@ -20,7 +20,9 @@ _Unit = tuple[int, int, int]  # start, stop, level: an index into _SPLITTERS, th
 
 _WITH_HEADINGS = {"text/markdown", "text/html", "application/json", "application/jsonl"}
 _BLANK_LINES = re.compile(r"\n\s*\n\s*")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+\s*")
+# Found from the whitespace backwards: a pattern that starts at the full stop is quadratic on "......".
+_GAP = re.compile(r"\s+|[。！？]+\s*")
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]{0,4}$")
 _LINE_END = re.compile(r"\n\s*")
 _WORD_END = re.compile(r"\s+")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Za-z]|mr|mrs|ms|dr|prof|st|no|vs|etc|fig|e\.g|i\.e)\.$", re.IGNORECASE)
@@ -132,9 +134,10 @@ def _finer(text: str, start: int, stop: int, level: int) -> list[_Unit]:
 
 def _sentences(text: str, start: int, stop: int) -> list[Span]:
     cuts = [start]
-    for match in _SENTENCE_END.finditer(text, start, stop):
-        if not _ABBREVIATION.search(text[max(cuts[-1], match.start() - 8) : match.start() + 1]):
-            cuts.append(match.end())
+    for gap in _GAP.finditer(text, start, stop):
+        before = text[max(cuts[-1], gap.start() - 8) : gap.start()]
+        if not gap.group().isspace() or (_SENTENCE_END.search(before) and not _ABBREVIATION.search(before)):
+            cuts.append(gap.end())
     return list(_trimmed(text, [*cuts, stop]))
 
 

@@ -73,7 +73,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """One consistent snapshot, whatever other processes commit meanwhile. Reads nest."""
-        with self._lock:
+        with self._lock, _translated():
             if self._connection.in_transaction:
                 yield self._connection
                 return
@@ -119,6 +119,24 @@ class Database:
                     f"{file.name}: schema version {version}, this program reads {SCHEMA_VERSION}; "
                     "use another data folder or ingest again"
                 )
+
+
+def claim(database: Database, embedder_name: str, dimension: Callable[[], int]) -> int:
+    """The dimension of the stored vectors. The embedder is asked only for a new folder: that loads its model."""
+    with database.read() as sql:
+        meta = dict(sql.execute("SELECT key, value FROM meta").fetchall())
+    if not meta:
+        asked = dimension()  # outside the transaction: loading takes seconds
+        with database.write() as sql:
+            sql.execute("INSERT OR IGNORE INTO meta VALUES('embedder', ?)", (embedder_name,))
+            sql.execute("INSERT OR IGNORE INTO meta VALUES('dimension', ?)", (str(asked),))
+            meta = dict(sql.execute("SELECT key, value FROM meta").fetchall())
+    if meta["embedder"] != embedder_name:
+        raise IndexMismatchError(
+            f"the data folder was made with the embedder {meta['embedder']!r}, not {embedder_name!r}; "
+            "set that embedder, or ingest the documents again into a new folder"
+        )
+    return int(meta["dimension"])
 
 
 def _configure(connection: sqlite3.Connection) -> None:

@@ -43,9 +43,11 @@ def open_embedder(name: str) -> Embedder:
         return HashEmbedder()
     if name == DEFAULT_EMBEDDER:
         return SentenceTransformerEmbedder(_packaged_model(), name=name)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("modules.json", "config.json")):
+            raise EmbedderError(f"{_unknown(name)} (the folder has neither modules.json nor config.json)")
         embedder = SentenceTransformerEmbedder(name, name=f"{Path(name).resolve().name}@{_fingerprint(Path(name))}")
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         embedder = SentenceTransformerEmbedder(name)
     else:
         raise EmbedderError(_unknown(name))

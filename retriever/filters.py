@@ -25,9 +25,9 @@ def compile_filter(filters: Mapping[str, Any] | None) -> Predicate | None:
     """A filter as a predicate over documents; None stays None. `FilterError` says what is wrong and where.
 
     `{"type": "eq|ne|gt|gte|lt|lte|in|nin", "key", "value"}` or `{"type": "and|or", "filters": [...]}`. Keys are
-    metadata keys; `document_id`, `filename`, `title` and `media_type` work where the metadata has no such key. A document
-    without the key matches only `ne` and `nin`. Values of different kinds (text, number, boolean) are never equal
-    and never ordered.
+    metadata keys; `document_id`, `filename`, `title` and `media_type` work where the metadata has no such key. A
+    document without the key matches only `ne` and `nin`. Values of different kinds (text, number, boolean) are
+    never equal and never ordered.
     """
     if filters is None:
         return None

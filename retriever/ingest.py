@@ -14,6 +14,7 @@ from retriever.chunk import CountTokens
 from retriever.clean import clean
 from retriever.embed import Embedder
 from retriever.errors import EmptyDocumentError, IndexMismatchError, UnknownDocumentError, UnreadableDocumentError
+from retriever.metadata import clean_metadata
 from retriever.types import Chunk, Document, IngestResult, Progress
 
 _EMBED_BATCH = 64  # chunks per call of the embedder, and about as many per group of documents written
@@ -46,6 +47,10 @@ def check_document(document: Document) -> None:
             raise UnreadableDocumentError(
                 f"{document.filename}: the {name} holds invisible or unnormalised characters; make it with from_text"
             )
+    if clean_metadata(document.metadata, document.filename) != dict(document.metadata):
+        raise UnreadableDocumentError(
+            f"{document.filename}: the metadata holds invisible or unnormalised characters; make it with from_text"
+        )
 
 
 def chunker_signature(count_tokens: CountTokens, chunk_tokens: int) -> str:

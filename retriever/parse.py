@@ -14,6 +14,7 @@ from retriever.clean import clean, clean_line
 from retriever.decode import decode
 from retriever.errors import EmptyDocumentError, UnreadableDocumentError, UnsupportedFormatError
 from retriever.item import Item
+from retriever.metadata import clean_metadata
 from retriever.read_html import read_html
 from retriever.read_json import read_json, read_jsonl
 from retriever.read_markdown import read_markdown
@@ -182,10 +183,6 @@ def _document(
         filename=name,
         media_type=media_type,
         sha256=hashlib.sha256(item.raw).hexdigest(),
-        metadata={**item.metadata, **{clean_line(key): _scalar(value) for key, value in metadata.items()}},
+        metadata={**item.metadata, **clean_metadata(metadata, name)},
         pages=tuple(Page(number, start, stop) for number, start, stop in item.pages),
     )
-
-
-def _scalar(value: Scalar) -> Scalar:
-    return clean(value) if isinstance(value, str) else value

@@ -1,12 +1,12 @@
 """JSON and JSON lines -> documents. An object needs its text under "text", "content" or "body"."""
 
 import json
-import math
 from collections.abc import Iterator
 
-from retriever.clean import clean, clean_line
+from retriever.clean import clean
 from retriever.errors import UnreadableDocumentError
 from retriever.item import Item
+from retriever.metadata import clean_metadata, is_scalar
 from retriever.types import Scalar
 
 _TEXT_KEYS = ("text", "content", "body")
@@ -68,18 +68,5 @@ def _metadata(value: dict[str, object], where: str) -> dict[str, Scalar]:
     given = value.get("metadata")
     if given is not None and not isinstance(given, dict):
         raise UnreadableDocumentError(f'{where}: "metadata" must be an object of strings, numbers and booleans')
-    metadata: dict[str, Scalar] = {}
-    for key, entry in value.items():
-        if key not in _OWN_KEYS and isinstance(entry, str | int | float) and _finite(entry):
-            metadata[clean_line(key)] = clean(entry) if isinstance(entry, str) else entry
-    for key, entry in (given or {}).items():
-        if entry is None:
-            continue
-        if not isinstance(entry, str | int | float) or not _finite(entry):
-            raise UnreadableDocumentError(f"{where}: metadata {key!r} must be a string, a finite number or a boolean")
-        metadata[clean_line(key)] = clean(entry) if isinstance(entry, str) else entry
-    return metadata
-
-
-def _finite(value: Scalar) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+    beside = {key: entry for key, entry in value.items() if key not in _OWN_KEYS and is_scalar(entry)}
+    return clean_metadata({**beside, **(given or {})}, where)

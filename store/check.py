@@ -33,9 +33,7 @@ def read_header(key: KVKey, blob: bytes | memoryview) -> Header:
     return header
 
 
-def read_entry(
-    request: Request, blob: bytes | memoryview, planes: Callable[[Header], Planes]
-) -> ChunkKV | Miss:
+def read_entry(request: Request, blob: bytes | memoryview, planes: Callable[[Header], Planes]) -> ChunkKV | Miss:
     """The chunk asked for, from its stored bytes; ``planes`` is called only if the header fits the request.
 
     A header that is intact but not what was asked for is a miss: the address says otherwise, but an address

@@ -13,12 +13,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import lmdb
 
 from store.errors import StoreError, StoreFormatError, StoreFullError, StoreIOError
+from store.folder import MAX_READERS, free_bytes, prepare
 from store.gate import Gate
 from store.types import FORMAT_VERSION
 
@@ -71,25 +73,23 @@ class Database:
         self.max_bytes = max_bytes
         self._gate = Gate()
         self._open = True
-        self._admit()
         with self._translated():
+            prepare(path, readonly=readonly)
             self._env = lmdb.open(
                 str(path),
-                map_size=max(
-                    _MIN_MAP, map_size if max_bytes is None else min(map_size, self._headed(max_bytes))
-                ),
+                map_size=max(_MIN_MAP, min(map_size, self._headed(max_bytes) if max_bytes else map_size)),
                 max_dbs=len(Tables._fields),
-                max_readers=512,
+                max_readers=MAX_READERS,
                 readonly=readonly,
                 create=not readonly,
                 mode=0o600,
-                map_size=max(_MIN_MAP, min(map_size, self._headed(max_bytes) if max_bytes else map_size)),
+                # The 0.9 engine and file format; left out, an environment variable chooses for new databases.
+                lib_version=0,
             )
         try:
             with self._translated():
                 self._env.reader_check()  # free the slots of processes that were killed
-            self._restore_length()
-            self.tables = self.read(self._existing) if readonly else self.write(self._create, need=0)
+                self.tables = self._attach()
         except StoreError:
             self._env.close()
             raise
@@ -133,8 +133,9 @@ class Database:
                     self._adopt_size()
                 elif not self._grow(size, need):
                     raise StoreFullError(
-                        f"{self.path}: no room for {need} bytes (file {self._file_bytes()}, limit {self.max_bytes},"
-                        f" free on the device {self._free_bytes()}, kept in reserve {self._reserve()})"
+                        f"{self.path}: no room for {need} bytes (file {self._file_bytes()}, limit "
+                        f"{self.max_bytes}, free on the device {free_bytes(self.path)}, "
+                        f"kept in reserve {self._reserve()})"
                     )
 
     def close(self) -> None:
@@ -144,18 +145,15 @@ class Database:
 
     # Opening
 
-    def _admit(self) -> None:
-        """Refuse a folder that holds anything but an LMDB environment; make a new one."""
-        try:
-            if not self.readonly:
-                self.path.mkdir(parents=True, exist_ok=True)
-            names = {entry.name for entry in self.path.iterdir()}
-        except (FileExistsError, NotADirectoryError) as error:
-            raise StoreFormatError(f"{self.path} is not a folder") from error
-        except OSError as error:
-            raise StoreIOError(f"{self.path}: {error}") from error
-        if "data.mdb" not in names and (self.readonly or names - {"lock.mdb"}):
-            raise StoreFormatError(f"{self.path} holds no KV store: {sorted(names)[:5]}")
+    def _attach(self) -> Tables:
+        while True:
+            try:
+                self._restore_length()
+                if not self.readonly:
+                    return self.write(self._create, need=0)
+                return self.read(partial(self._recognise, self._existing()))
+            except lmdb.MapResizedError:  # another process grew it since it was opened, a moment ago
+                self._env.set_mapsize(0)
 
     def _restore_length(self) -> None:
         """Bring a truncated data file back to its length.
@@ -164,31 +162,32 @@ class Database:
         can also be in order: LMDB need not write free pages at the end.) The write transaction keeps others
         from extending it.
         """
-        with self._translated():
-            if self.readonly:
-                if self._file_bytes() < self._used_bytes():
-                    raise StoreIOError(f"{self.path} is truncated; open it for writing once")
-                return
-            with self._env.begin(write=True):
-                used = self._used_bytes()
-                if 0 < self._file_bytes() < used:
-                    log.warning("%s is shorter than its database; lengthened to %d bytes", self.path, used)
-                    os.truncate(self.path / "data.mdb", used)
+        if self.readonly:
+            if self._file_bytes() < self._used_bytes():
+                raise StoreIOError(f"{self.path} is truncated; open it for writing once")
+            return
+        with self._env.begin(write=True):
+            used = self._used_bytes()
+            if 0 < self._file_bytes() < used:
+                log.warning("%s is shorter than its database; lengthened to %d bytes", self.path, used)
+                os.truncate(self.path / "data.mdb", used)
 
     def _create(self, txn: Txn) -> Tables:
-        if txn.stat()["entries"] == 0:
-            tables = Tables(*(self._env.open_db(name.encode(), txn=txn) for name in Tables._fields))
-            txn.put(b"program", PROGRAM, db=tables.meta)
-            txn.put(b"format", FORMAT_VERSION.to_bytes(4, "little"), db=tables.meta)
-            return tables
-        return self._existing(txn)
+        if txn.stat()["entries"]:
+            return self._recognise(self._existing(txn), txn)
+        tables = Tables(*(self._env.open_db(name.encode(), txn=txn) for name in Tables._fields))
+        txn.put(b"program", PROGRAM, db=tables.meta)
+        txn.put(b"format", FORMAT_VERSION.to_bytes(4, "little"), db=tables.meta)
+        return tables
 
-    def _existing(self, txn: Txn) -> Tables:
+    def _existing(self, txn: Txn | None = None) -> Tables:
+        # Without a transaction py-lmdb takes one that keeps the handles; our read transactions would not.
         try:
-            handles = [self._env.open_db(name.encode(), txn=txn, create=False) for name in Tables._fields]
+            return Tables(*(self._env.open_db(n.encode(), txn=txn, create=False) for n in Tables._fields))
         except (lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError) as error:
             raise StoreFormatError(f"{self.path} is an LMDB database of another program") from error
-        tables = Tables(*handles)
+
+    def _recognise(self, tables: Tables, txn: Txn) -> Tables:
         program, version = txn.get(b"program", b"", db=tables.meta), txn.get(b"format", b"", db=tables.meta)
         if program != PROGRAM or version != FORMAT_VERSION.to_bytes(4, "little"):
             raise StoreFormatError(
@@ -225,7 +224,7 @@ class Database:
             return True
 
     def _keep_reserve(self, need: int) -> None:
-        """Shrink a map that could fill the device: the disk may have filled since it grew."""
+        """Shrink a map that could fill the device, which others may have filled since it grew."""
         if not need:
             return
         with self._gate.shared():
@@ -238,7 +237,7 @@ class Database:
 
     def _cap(self, need: int) -> int:
         """Bytes the map may have for a write of ``need`` (see ``write``)."""
-        disk = self._file_bytes() + self._free_bytes() - (self._reserve() if need else 0)
+        disk = self._file_bytes() + free_bytes(self.path) - (self._reserve() if need else 0)
         if self.max_bytes is not None:
             disk = min(disk, self._headed(self.max_bytes) if need else self.max_bytes)
         return disk // 4096 * 4096
@@ -252,10 +251,6 @@ class Database:
 
     def _file_bytes(self) -> int:
         return (self.path / "data.mdb").stat().st_size
-
-    def _free_bytes(self) -> int:
-        disk = os.statvfs(self.path)
-        return disk.f_bavail * disk.f_frsize
 
     def _reserve(self) -> int:
         """Bytes of the device left free, so that deleting still works when it is full."""
@@ -275,9 +270,10 @@ class Database:
             if "already open" in str(error):
                 raise StoreError(f"{self.path} is already open in this process") from error
             # LMDB reports a write cut short by a full disk as EIO.
-            short = error.code == errno.EIO and self._free_bytes() < need + self._reserve()
+            short = error.code == errno.EIO and free_bytes(self.path) < need + self._reserve()
             if error.code in (errno.ENOSPC, errno.EDQUOT) or short:
                 raise StoreFullError(f"{self.path}: the device is full: {error}") from error
             raise StoreIOError(f"{self.path}: {error}") from error
         except OSError as error:
-            raise StoreIOError(f"{self.path}: {error}") from error
+            kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreIOError
+            raise kind(f"{self.path}: {error}") from error

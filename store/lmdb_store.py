@@ -15,9 +15,7 @@ from store.types import ChunkKV, KVKey, KVLayout
 
 log = logging.getLogger(__name__)
 
-_BATCH = (
-    256  # entries listed per read transaction: an open one keeps the map from growing and pages from reuse
-)
+_BATCH = 256  # entries listed per read transaction: an open one keeps the map from growing and pages from reuse
 
 
 class LmdbStore:
@@ -65,14 +63,16 @@ class LmdbStore:
         digest, tables = chunk.key.digest, self._tables
 
         def work(txn: Txn) -> int:
-            txn.put(chunk.source + chunk.layout.digest, chunk.tokenizer.encode(), db=tables.sources)
+            known, tokenizer = chunk.source + chunk.layout.digest, chunk.tokenizer.encode()
+            if txn.get(known, b"", db=tables.sources) != tokenizer:  # a put that changes nothing costs no sync
+                txn.put(known, tokenizer, db=tables.sources)
             if self._present(txn, digest):
                 if self._fault(txn, chunk.key) is None:
                     return 0
                 self._erase(txn, chunk.key)
             txn.put(digest, header, db=tables.headers)
             for layer, plane in enumerate(planes):
-                txn.put(_plane_key(digest, layer), plane, db=tables.planes)
+                txn.put(_plane_key(digest, layer), plane.data, db=tables.planes)
             txn.delete(digest, db=tables.tombstones)
             self._count(txn, size)
             return size
@@ -225,7 +225,7 @@ class LmdbStore:
     # Across transactions
 
     def _keys(self) -> Iterator[list[KVKey]]:
-        """All keys in order, a batch per read transaction; what is put or deleted meanwhile may or may not show."""
+        """All keys in order, a batch per read transaction; what changes meanwhile may or may not show."""
         start = b""
 
         def work(txn: Txn) -> list[bytes]:

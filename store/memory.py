@@ -85,9 +85,7 @@ class MemoryStore:
                 self._remove(chunk.key)
             if self.limit_bytes is not None:
                 if new.size > self.limit_bytes:
-                    raise StoreFullError(
-                        f"a chunk of {new.size} bytes is larger than the limit of {self.limit_bytes}"
-                    )
+                    raise StoreFullError(f"a chunk of {new.size} bytes is larger than the limit of {self.limit_bytes}")
                 while self._bytes + new.size > self.limit_bytes:
                     self.delete(next(iter(self._held)), evicted=True)
             self._know(chunk)

@@ -60,9 +60,7 @@ class KVLayout:
     @property
     def digest(self) -> bytes:
         """32 bytes that identify the layout."""
-        text = "|".join(
-            str(x) for x in (self.model, self.layers, self.heads, self.head_dim, self.dtype, self.rope)
-        )
+        text = "|".join(str(x) for x in (self.model, self.layers, self.heads, self.head_dim, self.dtype, self.rope))
         return hashlib.sha256(text.encode()).digest()
 
 

@@ -1,4 +1,7 @@
-"""The command line: ``ragblend COMMAND``. One file per command; heavy imports happen inside commands, so help is instant."""
+"""The command line: ``ragblend COMMAND``. One file per command.
+
+Heavy imports happen inside commands, so that help is instant.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,13 @@ Url = Annotated[str | None, typer.Option("--url", help="A running server (defaul
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout; progress goes to stderr.")]
 
 
+def help_alone(context: typer.Context) -> None:
+    """For the callback of a group: without a command, print the group's help and end."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 def read_settings(config: Path | None, **flags: Any) -> Settings:
     """Settings from file, environment and flags; flags of None are not given. Raises ``SettingsError``."""
     from app.settings import load_settings

@@ -39,7 +39,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """A table on stdout; columns from ``numbers`` on are right-aligned. In a pipe it is a Markdown table."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        say(f"**{title}**\n" if title else "")
+        if title:
+            say(f"**{title}**\n")
         say("| " + " | ".join(columns) + " |")
         say("|" + "|".join("---" if i < numbers else "---:" for i in range(len(columns))) + "|")
         for row in cells:
@@ -58,7 +59,7 @@ class Meter:
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done = name, total, 0
-        self._said = time.monotonic()
+        self._said, self._ended = time.monotonic(), False
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -84,8 +85,9 @@ class Meter:
             self._bar.update(self._task, completed=self.done, total=self.total, text=text)
             return
         now = time.monotonic()
-        if now - self._said >= PLAIN_EVERY_S or self.done >= self.total:
-            self._said = now
+        ended = self.done >= self.total and not self._ended
+        if now - self._said >= PLAIN_EVERY_S or ended:
+            self._said, self._ended = now, self.done >= self.total
             note(f"{self.name} {self.done}/{self.total} {text}".rstrip())
 
 

@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from app.cli import ask, bench, cache, doctor, evaluate, ingest, precompute, search, serve
+from app.cli.options import help_alone
+from app.cli.output import note
 
 DEBUG_VARIABLE = "RAGBLEND_DEBUG"
 
@@ -20,14 +22,21 @@ DEBUG_VARIABLE = "RAGBLEND_DEBUG"
 class _Root(TyperGroup):
     """Every failure is one line: exit code 2 for wrong usage, 130 for Ctrl-C, 1 for anything else."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        standalone = options.pop("standalone_mode", True)
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         # Not a setting, and the settings refuse what they do not know.
         debug = os.environ.pop(DEBUG_VARIABLE, "") not in ("", "0")
         try:
-            code = super().main(args, *rest, standalone_mode=False, **options)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except TyperException as e:
-            if not standalone:
+            if not standalone_mode:
                 raise
             show = getattr(e, "format_message", None)
             code = _fail(show() if show else str(e), getattr(e, "exit_code", 1))
@@ -40,7 +49,7 @@ class _Root(TyperGroup):
         finally:
             if debug:
                 os.environ[DEBUG_VARIABLE] = "1"
-        if standalone:
+        if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
 
@@ -49,7 +58,6 @@ app = typer.Typer(
     name="ragblend",
     cls=_Root,
     help="RAG serving that reuses the precomputed KV cache of retrieved chunks inside stock vLLM.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -58,6 +66,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -65,6 +74,7 @@ def root(
 
         typer.echo(f"ragblend {version_of('ragblend')}")
         raise typer.Exit
+    help_alone(context)
 
 
 serve.add_to(app)
@@ -92,5 +102,5 @@ def _say(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ragblend: {' '.join(message.split())}", file=sys.stderr)
+    note(f"ragblend: {' '.join(message.split())}")
     return code

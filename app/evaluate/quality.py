@@ -7,21 +7,21 @@ file as they come, so an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from app.bench.workbench import Workbench
 from app.demo.world import EVAL_SEEDS, TASKS, Example, make_example
+from app.evaluate.log import EvaluationError, ResultLog
 from app.evaluate.measures import is_right, kl_lower_bound, mean_and_interval
 from blend.engines import Engine
 from blend.errors import UnknownSelectorError
-from blend.keys import CompileContext, KeyMaker
-from blend.prompt import ChunkRef, PromptLayout
+from blend.keys import CompileContext
+from blend.prompt import ChunkRef
 from blend.select import NAMES
 from blend.types import BlendOptions, Mode, Request, Sampling
-from store.types import KVKey
 
 FULL = "full"
 REUSE = "reuse"
@@ -29,10 +29,6 @@ TOP_LOGPROBS = 20
 FORMAT = 1
 
 Progress = Callable[[str], None]
-
-
-class EvaluationError(Exception):
-    """The evaluation cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -97,33 +93,6 @@ class Answer:
     missing: int
 
 
-@dataclass
-class Bench:
-    """An engine with the layout and keys of its model, and what has been compiled so far."""
-
-    engine: Engine
-    layout: PromptLayout
-    keys: KeyMaker
-    compiled: set[KVKey] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, engine: Engine, tokenizer: Any, *, salt: bytes, compile: CompileContext) -> Bench:
-        layout = PromptLayout(tokenizer)
-        info = engine.info
-        return cls(engine, layout, KeyMaker(info.layout, info.tokenizer, salt, layout.prefix, context=compile))
-
-    async def compile(self, names: Sequence[str], chunks: Sequence[tuple[int, ...]]) -> list[ChunkRef]:
-        """References of one document's chunks, compiled if they were not."""
-        if self.keys.prefix_ref().key not in self.compiled:
-            await self.engine.compile(self.keys.prefix_job())
-            self.compiled.add(self.keys.prefix_ref().key)
-        refs = self.keys.document(names, chunks)
-        for job in self.keys.jobs(refs, [r.key not in self.compiled for r in refs]):
-            await self.engine.compile(job)
-            self.compiled.update(job.keys)
-        return refs
-
-
 async def run_quality(
     engine: Engine, tokenizer: Any, plan: Plan, *, out: Path | None = None, progress: Progress = lambda _: None
 ) -> dict[str, Any]:
@@ -133,9 +102,8 @@ async def run_quality(
     question. Raises ``EvaluationError`` if ``out`` belongs to another run.
     """
     salt = hashlib.sha256(b"ragblend evaluation").digest()
-    bench = Bench.of(engine, tokenizer, salt=salt, compile=plan.compile)
-    log = ResultLog.open(out, _identity(engine, plan))
-    with log:
+    bench = Workbench.of(engine, tokenizer, salt=salt, compile=plan.compile)
+    with ResultLog.open(out, _identity(engine, plan)) as log:
         for index in range(plan.questions):
             for task in plan.tasks:
                 record = log.find(task, index)
@@ -147,17 +115,17 @@ async def run_quality(
         return _report(engine, plan, log)
 
 
-async def answer(bench: Bench, plan: Plan, arm: Arm, refs: Sequence[ChunkRef], question: str, name: str) -> Answer:
-    """One greedy answer. Raises ``EvaluationError`` if compiled chunks were not found (the comparison would be void)."""
-    prompt = bench.layout.build(refs, [{"role": "user", "content": question}], bench.keys.prefix_ref())
+async def answer(bench: Workbench, plan: Plan, arm: Arm, refs: Sequence[ChunkRef], question: str, name: str) -> Answer:
+    """One greedy answer. Raises ``EvaluationError`` if compiled chunks were not found: the comparison would be void."""
     request = Request(
         id=name,
-        prompt=prompt,
+        prompt=bench.prompt(refs, question),
         sampling=Sampling(max_tokens=plan.max_tokens, temperature=0.0, logprobs=TOP_LOGPROBS),
         blend=arm.options,
         tenant_salt=bench.keys.tenant_salt,
     )
-    text, ids, first, missing = "", (), {}, 0
+    text, first, missing = "", dict[int, float](), 0
+    ids: tuple[int, ...] = ()
     async for delta in bench.engine.generate(request):
         if delta.logprobs and not ids:
             first = {token: logprob for token, _, logprob in delta.logprobs[0].top}
@@ -169,7 +137,7 @@ async def answer(bench: Bench, plan: Plan, arm: Arm, refs: Sequence[ChunkRef], q
     return Answer(text, ids, first, missing)
 
 
-async def _ask(bench: Bench, plan: Plan, task: str, index: int) -> dict[str, Any]:
+async def _ask(bench: Workbench, plan: Plan, task: str, index: int) -> dict[str, Any]:
     example = plan.example(task, index)
     refs: list[ChunkRef] = []
     for n, document in enumerate(example.documents):
@@ -224,57 +192,3 @@ def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "agreement": round(sum(r["agrees"] for r in results) / len(results), 4),
         "kl_first": round(sum(kls) / len(kls), 6) if kls else None,
     }
-
-
-class ResultLog:
-    """Results by task and index, and the file they are appended to (one JSON object a line, the first says what run)."""
-
-    def __init__(self, path: Path | None, identity: dict[str, Any], found: list[dict[str, Any]], size: int) -> None:
-        self._found = {(r["task"], r["index"]): r for r in found}
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-            self._file.truncate(size)  # a line that was cut short when the last run died
-            if not size:
-                self._write({"run": identity})
-
-    @classmethod
-    def open(cls, path: Path | None, identity: dict[str, Any]) -> ResultLog:
-        """Read what ``path`` holds. Raises ``EvaluationError`` if it is another run's, or no such file at all."""
-        if path is None or not path.exists():
-            return cls(path, identity, [], 0)
-        found, size = [], 0
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if record is None or not line.endswith(b"\n"):
-                break
-            if number == 0 and record.get("run") != json.loads(json.dumps(identity)):
-                raise EvaluationError(f"{path} holds results of another run; name another file or remove it")
-            size += len(line)
-            found += [record] if number else []
-        if not size and path.stat().st_size:
-            raise EvaluationError(f"{path} does not hold results of an evaluation; name another file")
-        return cls(path, identity, found, size)
-
-    def __enter__(self) -> ResultLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def find(self, task: str, index: int) -> dict[str, Any] | None:
-        return self._found.get((task, index))
-
-    def add(self, record: dict[str, Any]) -> None:
-        self._found[record["task"], record["index"]] = record
-        self._write(record)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._file:
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()

@@ -47,7 +47,7 @@ def check(value: dict[str, Any], model: type[B], *, strict: bool) -> tuple[B, li
         raise BadRequestError(f"{where}: {message}" if where else message, param=where or None) from e
     unknown = list(_unknown(body))
     if unknown and strict:
-        raise UnknownParameterError(f"unknown field {unknown[0]!r}", param=unknown[0])
+        raise UnknownParameterError(f"unknown field {unknown[0][:100]!r}", param=unknown[0][:100])
     return body, unknown
 
 

@@ -14,9 +14,11 @@ from store.types import KVLayout
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine needs to start. ``model`` is a Hugging Face folder (or hub name); ``store`` the store's folder
-    (``None``: memory, for tests). ``dtype`` and ``kv_cache_gib`` ``None`` mean the model's own and the engine's default.
-    ``max_context`` ``None`` means the model's own limit. ``options`` are passed to the engine's own arguments.
+    """What an engine needs to start.
+
+    ``model`` is a Hugging Face model folder; ``store`` the store's folder (``None``: memory, for tests). ``None`` for
+    ``dtype``, ``max_context`` and ``kv_cache_gib`` means the model's own or the engine's default. ``options`` are the
+    engine's own arguments, and ``min_context_tokens`` for ``blend.decide``.
     """
 
     model: str

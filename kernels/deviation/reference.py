@@ -29,15 +29,9 @@ def deviation(
         ValueError: shapes differ or are not [T, H, D], a dtype is not floating point, or ``use`` is unknown.
     """
     given = (k_fresh, v_fresh, k_stored, v_stored)
-    if (
-        k_fresh.dim() != 3
-        or len({x.shape for x in given}) != 1
-        or not all(x.is_floating_point() for x in given)
-    ):
+    if k_fresh.dim() != 3 or len({x.shape for x in given}) != 1 or not all(x.is_floating_point() for x in given):
         shown = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in given)
-        raise ValueError(
-            f"k_fresh, v_fresh, k_stored, v_stored must all be floating point [T, H, D], not {shown}"
-        )
+        raise ValueError(f"k_fresh, v_fresh, k_stored, v_stored must all be floating point [T, H, D], not {shown}")
     if use not in ("kv", "k", "v"):
         raise ValueError(f"use must be 'kv', 'k' or 'v', not {use!r}")
     total = torch.zeros(k_fresh.shape[0], dtype=torch.float32, device=k_fresh.device)

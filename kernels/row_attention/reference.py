@@ -63,15 +63,12 @@ def check(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> None:
     """Raise ``ValueError`` unless q [R, Hq, D], k [N, H, D] and positions [R] fit together."""
     if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q must be [R, Hq, D] and k [N, H, D] with Hq a multiple of H, "
-            f"not {tuple(q.shape)} and {tuple(k.shape)}"
+            f"q must be [R, Hq, D] and k [N, H, D] with Hq a multiple of H, not {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if not q.is_floating_point() or q.dtype != k.dtype:
         raise ValueError(f"q and k must be of one floating point dtype, not {q.dtype} and {k.dtype}")
     if positions.shape != q.shape[:1] or positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ValueError(
-            f"positions must be integer [{q.shape[0]}], not {positions.dtype} {tuple(positions.shape)}"
-        )
+        raise ValueError(f"positions must be integer [{q.shape[0]}], not {positions.dtype} {tuple(positions.shape)}")
     if len(positions):
         low, high = (int(x) for x in positions.aminmax())
         if low < 0 or high >= k.shape[0]:

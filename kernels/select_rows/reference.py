@@ -76,9 +76,7 @@ def _mask(name: str, given: torch.Tensor | None, scores: torch.Tensor, *, defaul
     if given.dtype == torch.bool and given.shape == scores.shape:
         return given.clone()
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            f"{name} must be bool [{total}] or integer rows, not {given.dtype} {tuple(given.shape)}"
-        )
+        raise ValueError(f"{name} must be bool [{total}] or integer rows, not {given.dtype} {tuple(given.shape)}")
     mask = torch.zeros(total, dtype=torch.bool, device=scores.device)
     if len(given):
         low, high = (int(x) for x in given.aminmax())

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from app.demo.words import ATTRIBUTES
 from app.demo.world import (
     CHUNK_END,
     SYSTEM_PREFIX,
@@ -16,7 +17,6 @@ from app.demo.world import (
     questions_of,
     subject_names,
 )
-from app.demo.words import ATTRIBUTES
 from scripts.demo_training.model import AttentionTarget
 from scripts.demo_training.tokenizer import REFUSAL
 
@@ -122,7 +122,7 @@ def lay_out(
             values = {vocabulary.one(f.value): f for f in document.facts if f.chunk == chunk_index}
             for row, token in enumerate(ids, first):
                 if token in vocabulary.name_ids:
-                    name_rows = name_rows + [row]
+                    name_rows = [*name_rows, row]
                 elif token in values:
                     fact = values[token]
                     value_rows[index, fact.attribute] = row
@@ -136,7 +136,7 @@ def lay_out(
         first = len(s.ids)
         ids = vocabulary.user + vocabulary.encode(question.text) + [vocabulary.end, vocabulary.assistant]
         answer = vocabulary.one(question.answer)
-        add(ids + [answer], block, -2, -2, position)
+        add([*ids, answer], block, -2, -2, position)
         last = len(s.ids) - 2
         s.labels[last], s.labels[last + 1] = answer, vocabulary.end
         s.gather[last] = [r for r in range(first, last) if s.ids[r] in vocabulary.name_ids]
@@ -185,8 +185,9 @@ def training_batch(vocabulary: Vocabulary, stage: Stage, seed: int) -> "Batch":
 class Batch:
     """Padded tensors of some sequences.
 
-    ids, positions: [batch, rows]; context: rows before the first question, the same for all; label_at, labels: flat row indices and ids of the supervised rows; targets: what
-    attention should look at; named, name / kinds, kind: flat row indices and classes of the throwaway heads.
+    ids, positions: [batch, rows]; context: rows before the first question, the same for all; label_at, labels: flat
+    row indices and ids of the supervised rows; targets: what attention should look at; named, name / kinds, kind:
+    flat row indices and classes of the throwaway heads.
     """
 
     def __init__(self, sequences: list[Sequence]) -> None:

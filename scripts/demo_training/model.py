@@ -167,7 +167,7 @@ class DemoModel(nn.Module):
 
     @torch.no_grad()
     def start_as_copy(self, layer: int, head: int) -> None:
-        """Make one head write what it reads (output = value projection transposed), so that copying need not be found."""
+        """Make one head write what it reads: its output projection becomes its value projection transposed."""
         attention = self.model.layers[layer].self_attn
         group, dim = head // (attention.heads // attention.kv_heads), attention.dim
         read = attention.v_proj.weight[group * dim : (group + 1) * dim]

@@ -45,7 +45,10 @@ def corpus() -> list[str]:
             texts += [pattern.format(s=s, v="x") for s in ("she", "he", "it", "She", "He", "It")]
     for group in (words.NAMED_OPENINGS, words.PRONOUN_FILLERS):
         texts += [text.format(s=s) for kind in group.values() for text in kind for s in ("she", "he", "it")]
-    texts += [t.format(noun="wall", other="wall", adjective="quiet", second="quiet", season="spring") for t in words.FILLER_TEMPLATES]
+    texts += [
+        t.format(noun="wall", other="wall", adjective="quiet", second="quiet", season="spring")
+        for t in words.FILLER_TEMPLATES
+    ]
     every = subject_names() + words.FILLER_NOUNS + words.FILLER_ADJECTIVES + words.FILLER_SEASONS
     every += tuple(value for a in attributes for value in a.values)
     texts += [form for word in every for form in (f"{word} ", f"{word}. ")] * 4
@@ -96,4 +99,3 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-

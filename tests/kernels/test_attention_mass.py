@@ -62,9 +62,7 @@ def test_blocks_and_strides_do_not_change_the_result(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reference, "MAX_SCORES", 4 * 50 * 3)
     q2 = torch.empty(4, 37, 64).transpose(0, 1)[..., ::2].copy_(q)
     k2, out = torch.empty(32, 2, 50).permute(2, 1, 0).copy_(k), torch.zeros(100)[::2]
-    torch.testing.assert_close(
-        attention_mass(q2, k2, positions, scale=0.2, out=out), whole, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(attention_mass(q2, k2, positions, scale=0.2, out=out), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -93,8 +91,6 @@ def test_no_rows_add_nothing() -> None:
         ((5, 2, 32), [0, 1], torch.zeros(5).double(), "float64"),
     ],
 )
-def test_a_bad_shape_is_shown(
-    k: tuple[int, ...], positions: list[int], out: torch.Tensor | None, shown: str
-) -> None:
+def test_a_bad_shape_is_shown(k: tuple[int, ...], positions: list[int], out: torch.Tensor | None, shown: str) -> None:
     with pytest.raises(ValueError, match=shown):
         attention_mass(torch.zeros(2, 4, 32), torch.zeros(k), torch.tensor(positions), scale=1.0, out=out)

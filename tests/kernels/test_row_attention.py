@@ -12,9 +12,7 @@ from kernels.row_attention import reference, row_attention
 NAN, INF = float("nan"), float("inf")
 
 
-def naive(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float
-) -> torch.Tensor:
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
     """[R, Hq, D] float64; one row and one head at a time, over the visible keys only."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     group = q.shape[1] // k.shape[1]
@@ -30,9 +28,7 @@ def naive(
     return out
 
 
-def inputs(
-    rows: int, keys: int, q_heads: int, heads: int, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(rows: int, keys: int, q_heads: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(rows, q_heads, dim), torch.randn(keys, heads, dim), torch.randn(keys, heads, dim)
 
 

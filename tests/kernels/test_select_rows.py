@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -93,7 +95,7 @@ def test_a_bad_shape_row_or_budget_is_shown(
 def test_runs_cover_exactly_the_rows_and_never_touch(rows: set[int]) -> None:
     got = runs(torch.tensor(sorted(rows), dtype=torch.int64))
     assert [row for start, stop in got for row in range(start, stop)] == sorted(rows)
-    assert all(stop < start for (_, stop), (start, _) in zip(got, got[1:], strict=False))
+    assert all(stop < start for (_, stop), (start, _) in pairwise(got))
 
 
 def test_runs_refuse_unsorted_rows() -> None:

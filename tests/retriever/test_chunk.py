@@ -12,7 +12,20 @@ from retriever.parse import from_text, parse
 from retriever.types import Document, Page
 
 MARKDOWN_LIKE = st.lists(
-    st.sampled_from(["# Title", "word", "Dr. Who said so.", "It was! Was it?", "\n", "\n\n", " \n\n\n", "- item", "日本。語", "e" * 40])
+    st.sampled_from(
+        [
+            "# Title",
+            "word",
+            "Dr. Who said so.",
+            "It was! Was it?",
+            "\n",
+            "\n\n",
+            " \n\n\n",
+            "- item",
+            "日本。語",
+            "e" * 40,
+        ]
+    )
     | st.text(max_size=20),
     max_size=40,
 ).map(" ".join)
@@ -59,7 +72,10 @@ def test_a_sentence_is_cut_at_words_and_a_word_at_characters_only_at_need() -> N
 
 def test_abbreviations_do_not_end_a_sentence() -> None:
     text = "He met Dr. Smith there. She left."
-    assert [c.text for c in chunk(from_text(text), count_words, chunk_tokens=5)] == ["He met Dr. Smith there.", "She left."]
+    assert [c.text for c in chunk(from_text(text), count_words, chunk_tokens=5)] == [
+        "He met Dr. Smith there.",
+        "She left.",
+    ]
 
 
 def test_a_heading_stays_with_its_text_and_is_recorded() -> None:
@@ -84,7 +100,9 @@ def test_html_headings_are_recorded() -> None:
 
 
 def test_the_page_is_the_one_a_chunk_starts_on() -> None:
-    document = Document("d", "t", "a b\n\nc d\n\ne f", "f.pdf", "application/pdf", "0", {}, (Page(2, 0, 3), Page(5, 5, 13)))
+    document = Document(
+        "d", "t", "a b\n\nc d\n\ne f", "f.pdf", "application/pdf", "0", {}, (Page(2, 0, 3), Page(5, 5, 13))
+    )
     assert [c.page for c in chunk(document, count_words, chunk_tokens=2)] == [2, 5, 5]
 
 
@@ -105,7 +123,9 @@ def test_a_limit_no_character_fits_is_refused() -> None:
         chunk(from_text("x"), len, chunk_tokens=0)
 
 
-@pytest.mark.parametrize("text", ["word " * 40000, "x" * 60000, "tiny.\n\n" * 20000, "A b. " * 30000])
+@pytest.mark.parametrize(
+    "text", ["word " * 40000, "x" * 60000, "tiny.\n\n" * 20000, "A b. " * 30000, "." * 60000 + "x", '."' * 30000]
+)
 def test_the_tokenizer_is_asked_for_little_more_than_the_text(text: str) -> None:
     counted = 0
 

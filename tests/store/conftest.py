@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,9 +58,7 @@ def get() -> Callable[[KVStore, ChunkKV], ChunkKV | Miss]:
     """Ask a store for a chunk as the engine would."""
 
     def ask(store: KVStore, chunk: ChunkKV) -> ChunkKV | Miss:
-        return store.get(
-            chunk.key, chunk.layout, chunk.token_ids, source=chunk.source, tokenizer=chunk.tokenizer
-        )
+        return store.get(chunk.key, chunk.layout, chunk.token_ids, source=chunk.source, tokenizer=chunk.tokenizer)
 
     return ask
 
@@ -82,7 +80,7 @@ def same() -> Callable[[object, ChunkKV], bool]:
 
 
 @pytest.fixture(params=["memory", "lmdb"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> KVStore:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVStore]:
     made: KVStore = MemoryStore() if request.param == "memory" else LmdbStore(tmp_path / "kv")
-    request.addfinalizer(made.close)
-    return made
+    yield made
+    made.close()

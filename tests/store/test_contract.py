@@ -30,9 +30,7 @@ def test_what_was_put_comes_back_to_the_bit(
     assert same(get(store, chunk), chunk)
 
 
-def test_strided_and_gradient_tensors_are_stored_by_value(
-    store: KVStore, make: Make, get: Get, same: Same
-) -> None:
+def test_strided_and_gradient_tensors_are_stored_by_value(store: KVStore, make: Make, get: Get, same: Same) -> None:
     chunk = make(1)
     strided = replace(
         chunk,
@@ -99,9 +97,7 @@ def test_deleting_leaves_no_trace_of_the_source(store: KVStore, make: Make, make
     assert not store.contains(chunk.key) and not store.delete(chunk.key)
 
 
-def test_a_chunk_put_from_two_sources_is_known_by_both(
-    store: KVStore, make: Make, make_with: Any, get: Get
-) -> None:
+def test_a_chunk_put_from_two_sources_is_known_by_both(store: KVStore, make: Make, make_with: Any, get: Get) -> None:
     chunk, second = make(1), source_of(b"s" * 32, "a copy of chunk 1")
     store.put(chunk)
     assert store.put(replace(chunk, source=second)) == 0

@@ -76,7 +76,7 @@ class Answer:
 
 def sample(logits: Tensor, sampling: Sampling, counts: Counter[int], generator: torch.Generator) -> int:
     """One token from ``logits`` [vocabulary]; ``counts`` are the answer's tokens so far, for the penalties."""
-    scores = logits.double()
+    scores = logits.to(torch.float64, copy=True)
     if counts and (sampling.frequency_penalty or sampling.presence_penalty):
         seen = torch.tensor(list(counts))
         times = torch.tensor([counts[int(i)] for i in seen], dtype=scores.dtype)

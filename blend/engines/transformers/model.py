@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -163,13 +164,7 @@ def load_weights(config: EngineConfig) -> Weights:
     rope = rope_from_config(plain, head_dim(plain))
     device = _device(config.device)
     dtype = _dtype(config, hf, device)
-    try:
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-        )
-        net = net.to(device).eval().requires_grad_(requires_grad=False)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as e:
-        raise EngineError(f"the model in {folder} cannot be loaded: {e}") from e
+    net = _read(folder, DTYPES[dtype]).to(device)
     layout = KVLayout(
         model=model_fingerprint(folder),
         layers=int(hf.num_hidden_layers),
@@ -185,6 +180,25 @@ def load_weights(config: EngineConfig) -> Weights:
         _check_rotary(weights)
         _check_walk(weights)
     return weights
+
+
+def _read(folder: Path, dtype: torch.dtype) -> Any:
+    """The transformers model, every weight of it from ``folder``."""
+    try:
+        net, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as e:
+        raise EngineError(f"the model in {folder} cannot be loaded: {e}") from e
+    if report["missing_keys"]:  # transformers would serve random numbers in their place
+        lost = sorted(report["missing_keys"])
+        raise EngineError(f"the model in {folder} lacks {len(lost)} weights, {lost[0]} among them")
+    return net.eval().requires_grad_(requires_grad=False)
 
 
 def _device(name: str) -> torch.device:

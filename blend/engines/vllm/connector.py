@@ -1,8 +1,8 @@
 """The vLLM KV connector: claims the rows we fill, and fills them before the step's forward.
 
 Scheduler side: a request that carries our plan has all prompt rows but the last claimed as external, so vLLM allocates
-their blocks and computes only the last row (which yields the first token). Worker side: ``start_load_kv`` runs the method
-over those blocks. Compile jobs travel the same way, which gives them blocks, fairness and cancellation for free.
+their blocks and computes only the last row (which yields the first token). Worker side: ``start_load_kv`` runs the
+method over those blocks. Compile jobs travel the same way, which gives them blocks, fairness and cancellation for free.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ class BlendConnector(KVConnectorBase_V1):
         compiled = compile_chunks(self.worker.request(load.block_ids), job)
         try:
             for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, compiled, strict=True):
-                written += self.store.put(
-                    ChunkKV(key, self.worker.layout, ids, k, v, position, source, self.tokenizer)
-                )
+                written += self.store.put(ChunkKV(key, self.worker.layout, ids, k, v, position, source, self.tokenizer))
                 position += len(ids)
         except StoreFullError as e:
             return {"error": str(e), "full": True}

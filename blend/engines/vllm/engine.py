@@ -20,7 +20,7 @@ from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
 from blend.rope import rope_from_config
 from blend.select import open_selector
 from blend.support import check_supported, head_dim, kv_heads
-from blend.types import BlendStats, CompileJob, CompileResult, Delta, Prompt, Request, Sampling, TokenLogprob
+from blend.types import BlendStats, CompileJob, CompileResult, Delta, Mode, Prompt, Request, Sampling, TokenLogprob
 from store import open_store
 from store.base import KVStore
 from store.errors import StoreFullError, StoreIOError
@@ -197,7 +197,7 @@ class VllmEngine:
                 f"need {need}, the model holds {self._info.max_context}; ask for fewer chunks or a shorter answer"
             )
 
-    async def _decide(self, request: Request) -> tuple[str, str | None]:
+    async def _decide(self, request: Request) -> tuple[Mode, str | None]:
         keys = [s.key for s in request.prompt.segments if s.key is not None]
         if self._store is not None:
             known = {k for k in keys if self._store.contains(k)}
@@ -289,4 +289,3 @@ def _delta(output: Any) -> Delta:
         own = table[token]
         logprobs.append(TokenLogprob(token, own.decoded_token or "", float(own.logprob), top))
     return Delta(one.text, ids, tuple(logprobs), one.finish_reason)
-

@@ -54,7 +54,8 @@ class Worker:
         blocks = runner.input_batch.block_table[0]
         if int(blocks.block_size) != self.block_size:
             raise UnsupportedModelError(
-                f"attention kernel blocks of {blocks.block_size} rows in cache blocks of {self.block_size} are not supported"
+                f"attention kernel blocks of {blocks.block_size} rows in cache blocks of {self.block_size} rows "
+                "are not supported"
             )
         self._check_rope()
 

@@ -1,0 +1,270 @@
+"""Time to first token: arms interleaved on fresh random contexts, after the outputs have been checked.
+
+Each repeat draws new chunks and new tenant salts, so nothing is cached that the arm does not claim to cache: full
+prefill has a salt of its own, chunks are compiled outside the timing, and ``prefix-hit`` is the full request again.
+An arm whose check fails is reported without times.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from app.bench.workbench import Workbench
+from blend.engines import Engine
+from blend.prompt import ChunkRef
+from blend.types import BlendOptions, BlendStats, Mode, Request, Sampling
+
+QUESTION = "What do the passages say about this?"
+PREFIX_HIT, REUSE = "prefix-hit", "reuse"
+SELECTORS = ("deviation", "auto")
+CHECK_TOKENS = 8
+# Greedy tokens of two computations may part where their best candidates are this close (nats): noise of the dtype.
+TIES = {"float32": 0.001, "bfloat16": 0.15, "float16": 0.05}
+
+Progress = Callable[[str], None]
+
+
+class BenchError(Exception):
+    """The measurement cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """``context`` tokens in chunks of ``chunk``; every ratio is an arm of each selector."""
+
+    context: int = 2048
+    chunk: int = 256
+    ratios: tuple[float, ...] = (0.15,)
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= self.context:
+            raise BenchError(f"chunk {self.chunk} is not within 1..{self.context} (the context)")
+        if self.repeats < 1:
+            raise BenchError(f"repeats is {self.repeats}; it must be at least 1")
+        if not self.ratios or not all(0.0 < r <= 1.0 for r in self.ratios):
+            raise BenchError(f"ratios {list(self.ratios)} are not within 0..1 (ratio 0 is the arm reuse)")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each chunk; the last one takes what is left over."""
+        whole, rest = divmod(self.context, self.chunk)
+        return [self.chunk] * whole + [rest] * (rest > 0)
+
+
+@dataclass
+class Arm:
+    """One way to the first token, and what was measured of it. ``problem`` says why there are no times."""
+
+    name: str
+    mode: Mode
+    selector: str = "none"
+    ratio: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    problem: str | None = None
+    checked: bool = False
+
+    @property
+    def options(self) -> BlendOptions:
+        return BlendOptions(self.mode, self.selector, self.ratio or 0.0)
+
+    def report(self) -> dict[str, Any]:
+        ok = self.checked and self.problem is None and bool(self.seconds)
+        p10, median, p90 = np.quantile(self.seconds, [0.1, 0.5, 0.9]).tolist() if ok else (None, None, None)
+        return {
+            "name": self.name,
+            "ratio": self.ratio,
+            "ttft_median_s": median,
+            "ttft_p10_s": p10,
+            "ttft_p90_s": p90,
+            "outputs_checked": ok,
+        }
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One timed request. ``tops`` are the candidates of each token, id -> logprob."""
+
+    seconds: float
+    token_ids: tuple[int, ...]
+    tops: tuple[dict[int, float], ...]
+    stats: BlendStats | None
+    cached: int
+
+
+def make_arms(full: str, setup: Setup, *, prefix_hit: bool) -> list[Arm]:
+    """``full`` is the name of the full-prefill arm; the rest are reuse and each selector at each ratio."""
+    arms = [Arm(full, "full")]
+    if prefix_hit:
+        arms.append(Arm(PREFIX_HIT, "full"))
+    arms.append(Arm(REUSE, "reuse", ratio=0.0))
+    return arms + [Arm(s, "blend", s, ratio) for s in SELECTORS for ratio in setup.ratios]
+
+
+async def run_ttft(
+    engine: Engine,
+    tokenizer: Any,
+    arms: list[Arm],
+    setup: Setup,
+    *,
+    reference: Shot | None = None,
+    progress: Progress = lambda _: None,
+) -> Shot:
+    """Check and time ``arms`` on ``engine``; they are filled in.
+
+    Returns full prefill's answer to the first context, which depends on the seed alone: as ``reference`` of a run on
+    another engine it is what full prefill must say there.
+    """
+    run = _Run(engine, tokenizer, setup)
+    context = await run.fresh_context()
+    salt = secrets.token_bytes(32)
+    full = await run.shoot(Arm("full", "full"), context, salt=salt, tokens=CHECK_TOKENS)
+    for arm in arms:
+        arm.problem = await run.check(arm, context, full, salt, reference or full)
+        arm.checked = arm.problem is None
+        progress(f"{arm.name}: {arm.problem or 'outputs checked'}")
+    rng = random.Random(setup.seed)
+    for repeat in range(setup.repeats):
+        context = await run.fresh_context()
+        order = [arm for arm in arms if arm.problem is None and arm.name != PREFIX_HIT]
+        rng.shuffle(order)
+        for arm in order:
+            hit = next((a for a in arms if a.name == PREFIX_HIT and a.problem is None), None)
+            salt = secrets.token_bytes(32)  # one salt for full prefill and its repetition, new each time
+            shot = await run.shoot(arm, context, salt=salt)
+            arm.problem = run.fault(arm, shot)
+            arm.seconds.append(shot.seconds)
+            if arm.mode == "full" and hit:
+                hit.seconds.append((await run.shoot(hit, context, salt=salt)).seconds)
+            progress(f"repeat {repeat + 1}: {arm.name} {shot.seconds:.3f} s")
+    return full
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One random context: compiled chunks and their keys' owner."""
+
+    bench: Workbench
+    refs: tuple[ChunkRef, ...]
+
+
+class _Run:
+    """One engine under measurement."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, setup: Setup) -> None:
+        self.engine, self.tokenizer, self.setup = engine, tokenizer, setup
+        self._rng = random.Random(f"{setup.seed} context")
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        size = min(engine.info.vocab_size, getattr(tokenizer, "vocab_size", engine.info.vocab_size))
+        self._vocabulary = [i for i in range(size) if i not in special]
+        self._shots = 0
+
+    async def fresh_context(self) -> _Context:
+        """New random chunks under a new tenant salt, compiled one by one behind the prefix."""
+        bench = Workbench.of(self.engine, self.tokenizer, salt=secrets.token_bytes(32), compile="prefix")
+        refs: list[ChunkRef] = []
+        for i, size in enumerate(self.setup.sizes):
+            refs += await bench.compile([f"bench-{i}"], [tuple(self._rng.choices(self._vocabulary, k=size))])
+        needed = len(bench.prompt(refs, QUESTION).token_ids) + CHECK_TOKENS
+        if needed > self.engine.info.max_context:
+            raise BenchError(
+                f"a context of {self.setup.context} tokens needs room for {needed}; the model has "
+                f"{self.engine.info.max_context}: ask for a smaller --context"
+            )
+        return _Context(bench, tuple(refs))
+
+    async def shoot(self, arm: Arm, context: _Context, *, salt: bytes | None = None, tokens: int = 1) -> Shot:
+        """One request; the clock stops at the first delta with a token. Full prefill goes under ``salt``."""
+        self._shots += 1
+        request = Request(
+            id=f"bench-{self._shots}",
+            prompt=context.bench.prompt(context.refs, QUESTION),
+            sampling=Sampling(max_tokens=tokens, ignore_eos=True, logprobs=20 if tokens > 1 else None),
+            blend=arm.options,
+            tenant_salt=salt if salt and arm.mode == "full" else context.bench.keys.tenant_salt,
+        )
+        seconds: float | None = None
+        stats: BlendStats | None = None
+        ids: tuple[int, ...] = ()
+        tops: list[dict[int, float]] = []
+        cached = 0
+        begin = time.perf_counter()
+        async for delta in self.engine.generate(request):
+            if seconds is None and delta.token_ids:
+                seconds = time.perf_counter() - begin
+            ids += delta.token_ids
+            tops += [{token: p for token, _, p in t.top} for t in delta.logprobs]
+            stats, cached = delta.stats or stats, delta.cached_tokens or cached
+        if seconds is None:
+            raise BenchError(f"{arm.name}: the engine answered without a token")
+        return Shot(seconds, ids, tuple(tops), stats, cached)
+
+    async def check(self, arm: Arm, context: _Context, full: Shot, salt: bytes, reference: Shot) -> str | None:
+        """Why the arm's output must not be trusted, or None. It also warms the arm up.
+
+        Full prefill must agree with ``reference``. Every other arm, with everything recomputed, must give the greedy
+        tokens of ``full`` (which ran under ``salt``); as it is timed, it must find all its chunks.
+        """
+        if arm.name == PREFIX_HIT:
+            hit = await self.shoot(arm, context, salt=salt, tokens=CHECK_TOKENS)
+            if hit.cached < 0.5 * self.setup.context:
+                return f"the engine's prefix cache gave {hit.cached} of {self.setup.context} tokens"
+            return self._differs(full, hit)
+        if arm.mode == "full":
+            return self._differs(reference, full)
+        exact = replace(arm, mode="blend", selector="all" if arm.mode == "reuse" else arm.selector, ratio=1.0)
+        problem = self._differs(full, await self.shoot(exact, context, tokens=CHECK_TOKENS))
+        return problem or self.fault(arm, await self.shoot(arm, context))
+
+    def fault(self, arm: Arm, shot: Shot) -> str | None:
+        """Why ``shot`` did not do what its arm claims, or None."""
+        if arm.mode == "full":
+            return "full prefill was served from a cache" if shot.cached > 0.5 * self.setup.context else None
+        if shot.stats is None:
+            return "the engine gave no account of the blend"
+        if shot.stats.missing:
+            return f"{shot.stats.missing} compiled rows were not found"
+        if shot.stats.mode != arm.mode:
+            return f"the engine chose {shot.stats.mode} ({shot.stats.why or 'no reason given'})"
+        return None
+
+    def _differs(self, full: Shot, other: Shot) -> str | None:
+        tie = TIES[self.engine.info.layout.dtype]
+        return differs(full, other, tie=tie)
+
+
+def differs(full: Shot, other: Shot, *, tie: float) -> str | None:
+    """How the greedy tokens of ``other`` part from ``full``'s, or None.
+
+    Where they part, full's two candidates may differ by at most ``tie`` nats; after a tie nothing can be compared.
+    """
+    for i, (a, b) in enumerate(zip(full.token_ids, other.token_ids, strict=False)):
+        if a == b:
+            continue
+        top = full.tops[i] if i < len(full.tops) else {}
+        if a in top and b in top and abs(top[a] - top[b]) <= tie:
+            return None
+        return f"greedy token {i + 1} is {b}, full prefill gives {a}"
+    if len(full.token_ids) != len(other.token_ids):
+        return f"{len(other.token_ids)} greedy tokens, full prefill gives {len(full.token_ids)}"
+    return None
+
+
+def ratios_to_full(arms: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Median of each arm over the faster full prefill's, by ``name@ratio``."""
+    times = [a["ttft_median_s"] for a in arms if a["name"].startswith("full-") and a["ttft_median_s"]]
+    best = min(times, default=None)
+    return {label(a): a["ttft_median_s"] / best if best and a["ttft_median_s"] is not None else None for a in arms}
+
+
+def label(arm: dict[str, Any]) -> str:
+    """Name of a reported arm, with its ratio where it has one above zero."""
+    return f"{arm['name']}@{arm['ratio']:g}" if arm["ratio"] else str(arm["name"])

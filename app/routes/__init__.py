@@ -1,0 +1,1 @@
+"""HTTP routes: read the request, call the service, shape the answer. Decisions are made elsewhere."""

@@ -1,0 +1,76 @@
+"""GET /livez, /readyz, /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from app.errors import NotReadyError, failure
+from app.metrics import CONTENT_TYPE
+from app.routes.common import ServiceOf
+from app.service import Service
+from store.errors import StoreError
+
+CHECK_S = 10.0
+router = APIRouter()
+log = logging.getLogger(__name__)
+
+
+@router.get("/livez")
+async def livez() -> dict[str, str]:
+    """The process answers. Says nothing about what it can do: that is ``/readyz``."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz")
+async def readyz(service: ServiceOf) -> Response:
+    """Every part, each asked to do something; 503 if one cannot."""
+    info = service.engine.info
+    parts = {
+        "engine": await _part(service.engine.check(), name=info.name, version=info.version, device=info.device),
+        "store": await _part(asyncio.to_thread(_store, service)),
+        "index": await _part(asyncio.to_thread(_index, service)),
+    }
+    broken = [name for name, part in parts.items() if not part["ok"]]
+    if not broken:
+        return JSONResponse({"status": "ready", "model": service.settings.served_name, "parts": parts})
+    failed = failure(NotReadyError(f"not ready: {', '.join(broken)}"))
+    return JSONResponse(failed.body | {"status": "not ready", "parts": parts}, failed.status, failed.headers)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(service: ServiceOf) -> Response:
+    """Prometheus text: the service's own, then the engine's."""
+    own = service.metrics
+    own.jobs.set(service.jobs.running if service.jobs else 0)
+    own.running.set(service.traffic.running)
+    try:
+        own.store_bytes.set((await asyncio.to_thread(service.engine.store.stats)).bytes)
+    except StoreError as e:
+        log.warning("the store gave no figures: %s", e)
+    text = own.text() + await service.engine.metrics()
+    return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+async def _part(check: Awaitable[dict[str, Any] | None], **details: Any) -> dict[str, Any]:
+    try:
+        found = await asyncio.wait_for(check, CHECK_S)
+    except Exception as e:  # whatever is wrong with a part, the others are still reported
+        log.warning("readiness: %s", e or type(e).__name__)
+        return {"ok": False, "error": type(e).__name__, **details}
+    return {"ok": True, **details, **(found or {})}
+
+
+def _store(service: Service) -> dict[str, Any]:
+    stats = service.engine.store.stats()
+    return {"tier": stats.tier, "entries": stats.entries, "bytes": stats.bytes}
+
+
+def _index(service: Service) -> dict[str, Any]:
+    collections = service.retriever.collections()
+    return {"collections": len(collections), "chunks": sum(c.chunks for c in collections)}

@@ -1,0 +1,121 @@
+"""The HTTP application, and the server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from app.errors import BadRequestError, StartError, failure
+from app.middleware import Gate
+from app.routes import chat, ingest, models, ops
+from app.schema.answer import Error
+from app.schema.body import field_path
+from app.service import Service
+from app.settings import Settings
+
+GRACE_S = 10
+log = logging.getLogger(__name__)
+
+
+def create_app(service_or_settings: Service | Settings) -> FastAPI:
+    """The application. A given ``Service`` stays its owner's to close; with ``Settings`` the app opens its own."""
+    given = service_or_settings if isinstance(service_or_settings, Service) else None
+    settings = given.settings if given else service_or_settings
+    assert isinstance(settings, Settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if given is not None:
+            yield
+            return
+        service = await Service.open(settings)
+        app.state.service, app.state.gate.metrics = service, service.metrics
+        try:
+            yield
+        finally:
+            app.state.service = None
+            await service.close()
+
+    # The interactive pages of FastAPI load scripts from a CDN; /openapi.json is enough.
+    app = FastAPI(
+        title="ragblend", version="1", docs_url=None, redoc_url=None, lifespan=lifespan,
+        responses={"default": {"model": Error, "description": "Any failure, in OpenAI's shape"}},
+    )  # fmt: skip
+    app.state.service = given
+    for routes in (chat, ingest, models, ops):
+        app.include_router(routes.router)
+    app.add_exception_handler(HTTPException, _http_failure)
+    app.add_exception_handler(RequestValidationError, _parameter_failure)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    app.add_middleware(_gate(app), api_key=key, limits=settings.limits, metrics=given.metrics if given else None)
+    return app
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ``StartError`` and what ``Service.open`` raises."""
+    asyncio.run(serve(settings))
+
+
+async def serve(settings: Settings) -> None:
+    """Bind first (a taken port is known before a model is loaded), open the service, serve, close."""
+    with _bound(settings.host, settings.port) as listener:
+        service = await Service.open(settings)
+        try:
+            config = uvicorn.Config(
+                create_app(service), timeout_graceful_shutdown=GRACE_S, log_level="info", access_log=False,
+                server_header=False, lifespan="off",
+            )  # fmt: skip
+            server = uvicorn.Server(config)
+            host, port = listener.getsockname()[:2]
+            log.info("serving %s on http://%s:%s", settings.served_name, f"[{host}]" if ":" in host else host, port)
+            await server.serve(sockets=[listener])
+        finally:
+            await service.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as e:
+        raise StartError(f"host {host!r} cannot be used: {e.strerror or e}") from e
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as e:
+        listener.close()
+        raise StartError(f"cannot bind {host}:{port}: {e.strerror or e}; choose another port") from e
+    return listener
+
+
+def _gate(app: FastAPI) -> Any:
+    """The middleware's factory; it leaves the instance where the lifespan finds it."""
+
+    def make(inner: Any, **options: Any) -> Gate:
+        app.state.gate = Gate(inner, **options)
+        return app.state.gate  # type: ignore[no-any-return]
+
+    return make
+
+
+async def _http_failure(request: Request, error: Exception) -> JSONResponse:
+    failed = failure(error, method=request.method, path=request.url.path)
+    return JSONResponse(failed.body, failed.status, failed.headers)
+
+
+async def _parameter_failure(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = field_path(first["loc"][1:])
+    failed = failure(BadRequestError(f"{where}: {first['msg']}", param=where))
+    return JSONResponse(failed.body, failed.status, failed.headers)
