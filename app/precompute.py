@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from app.service import Service
 
 GIB = 1 << 30
+FINISH_S = 30.0
 log = logging.getLogger(__name__)
 
 
@@ -157,6 +158,9 @@ async def _finished(passing: Coroutine[Any, Any, CompileResult]) -> CompileResul
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
+        await asyncio.wait([task], timeout=FINISH_S)
+        task.cancel()  # an engine that hangs must not keep the service from stopping
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # taken note of: the pass is not counted, and nobody is left to tell
         raise

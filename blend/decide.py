@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blend.types import BlendOptions, BlendStats, ChunkStats, Mode, Prompt
+from store.errors import StoreError
 from store.types import KVKey
 
 MIN_CONTEXT_TOKENS = 64
@@ -27,9 +28,11 @@ def decide(prompt: Prompt, options: BlendOptions, contains: Callable[[KVKey], bo
     if n < min_context_tokens:
         return "full", f"context of {n} tokens is below {min_context_tokens}"
     keys = [s.key for s in prompt.segments if s.kind == "chunk" and s.key is not None]
-    if not any(contains(key) for key in keys):
-        return "full", "no chunk is in the store"
-    return "blend", None
+    try:
+        known = any(contains(key) for key in keys)
+    except StoreError as e:
+        return "full", f"the store cannot be read: {e}"
+    return ("blend", None) if known else ("full", "no chunk is in the store")
 
 
 def full_stats(prompt: Prompt, cached: int = 0, why: str | None = None) -> BlendStats:

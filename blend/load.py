@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blend.model import BlendModel
-from blend.types import Prompt
+from blend.types import Prompt, Segment
 from kernels.rotate import rotate
 from store.base import KVStore, Miss
-from store.types import MissReason
+from store.errors import StoreError
+from store.types import ChunkKV, KVLayout, MissReason
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def load(model: BlendModel, prompt: Prompt, store: KVStore, *, tokenizer: str, c
             found.append(Found(None, None))
             continue
         ids = prompt.token_ids[segment.start : segment.stop]
-        chunk = store.get(segment.key, lay, ids, source=segment.source, tokenizer=tokenizer)
+        chunk = _fetch(store, segment, lay, ids, tokenizer)
         if isinstance(chunk, Miss):
             found.append(Found(None, chunk.reason))
             continue
@@ -69,3 +73,13 @@ def load(model: BlendModel, prompt: Prompt, store: KVStore, *, tokenizer: str, c
             model.write_kv(layer, rows, k[layer] if whole else k[layer, rows], v[layer] if whole else v[layer, rows])
     missing = (~present).nonzero().flatten()
     return Loaded(k, v, present, tuple(found), missing[missing >= computed])
+
+
+def _fetch(store: KVStore, segment: Segment, layout: KVLayout, ids: tuple[int, ...], tokenizer: str) -> ChunkKV | Miss:
+    """The stored chunk; a store that cannot be read costs this request time, never its answer."""
+    assert segment.key is not None
+    try:
+        return store.get(segment.key, layout, ids, source=segment.source, tokenizer=tokenizer)
+    except StoreError as e:
+        log.warning("chunk %s cannot be read and is recomputed: %s", segment.name, e)
+        return Miss("checksum_failed")

@@ -19,6 +19,7 @@ from blend.model import BlendModel, Observed
 from blend.select import Selection, open_selector
 from blend.types import BlendOptions, BlendStats, ChunkStats, CompileJob, Prompt
 from store.base import KVStore
+from store.types import ChunkKV
 
 Watch = Callable[[int, Observed], None]
 
@@ -104,6 +105,15 @@ def compile_chunks(model: BlendModel, job: CompileJob) -> list[tuple[Tensor, Ten
     walk(model, ids, torch.arange(len(ids)), watch=keep)
     sizes = [len(c) for c in job.chunks]
     return list(zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True))
+
+
+def compile_into(model: BlendModel, job: CompileJob, store: KVStore, *, tokenizer: str) -> int:
+    """Compile ``job`` and store its chunks; returns the payload bytes written. Raises ``StoreError`` and its kinds."""
+    position, written = len(job.context), 0
+    for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, compile_chunks(model, job), strict=True):
+        written += store.put(ChunkKV(key, model.layout, ids, k, v, position, source, tokenizer))
+        position += len(ids)
+    return written
 
 
 def _recompute(state: Blend, chosen: Selection) -> None:

@@ -112,4 +112,4 @@ def _synthetic(settings: Settings) -> str:
 
 
 def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}".rstrip("0").rstrip(".")
+    return "" if value is None else f"{value:.4g}"

@@ -168,10 +168,22 @@ def make_example(
     return Example(made, question)
 
 
-def demo_collection(*, seed: int = 7, per_kind: int = 6) -> list[WorldDocument]:
-    """The documents of the README demo: `per_kind` people, places and works, all subjects different."""
+def demo_collection(*, seed: int = 7, pairs_per_kind: int = 3) -> list[WorldDocument]:
+    """The documents of the README demo: pairs of people, places and works, no subject and no value twice.
+
+    The two documents of a pair state the same attributes; other pairs state others, so that a search for an
+    attribute finds a few documents instead of all.
+    """
     rng = random.Random(EVAL_SEEDS.start + seed)
-    return [document for kind in KINDS for document in make_documents(rng, documents=per_kind, chunks=2, kind=kind)]
+    collection: list[WorldDocument] = []
+    taken: set[str] = set()
+    while len(collection) < 2 * pairs_per_kind * len(KINDS):
+        pair = make_documents(rng, documents=2, kind=KINDS[len(collection) // (2 * pairs_per_kind)])
+        words = {d.subject for d in pair} | {f.value for d in pair for f in d.facts}
+        if not words & taken:
+            taken |= words
+            collection += pair
+    return collection
 
 
 def subject_names() -> tuple[str, ...]:

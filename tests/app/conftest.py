@@ -90,3 +90,9 @@ async def kit(open_kit: OpenKit) -> Kit:
     kit = await open_kit()
     assert (await kit.ingest())["state"] == "precomputed"
     return kit
+
+
+@pytest.fixture
+async def empty_kit(open_kit: OpenKit) -> Kit:
+    """A service without documents."""
+    return await open_kit()

@@ -13,11 +13,17 @@ from safetensors.torch import load_file
 
 from app.bench.synthetic import Shape, make_synthetic_model
 from app.bench.ttft import BenchError, Setup, Shot, differs, make_arms, ratios_to_full, run_ttft
-from app.trivial import TrivialEngine
+from app.trivial import ByteTokenizer, TrivialEngine
 from blend.types import CompileJob, CompileResult, Delta, Request
 from store import MemoryStore
 
 SETUP = Setup(context=300, chunk=128, ratios=(0.1, 0.5), repeats=3)
+
+
+class Letters(ByteTokenizer):
+    """Bytes of which only the small letters are words, so that random tokens are text."""
+
+    all_special_ids = tuple(i for i in range(ByteTokenizer.vocab_size) if not ord("a") <= i <= ord("z"))
 
 
 class Engine(TrivialEngine):
@@ -25,6 +31,7 @@ class Engine(TrivialEngine):
 
     def __init__(self) -> None:
         super().__init__(MemoryStore())
+        self.tokenizer = Letters()
         self.requests: list[Request] = []
         self.lies = False
         self.forgets = False

@@ -55,9 +55,9 @@ def is_error(answer: httpx.Response, status: int, *, param: str | None = None, c
         b'{"seed": 1' + b"0" * 5000 + b"}",
     ],
 )
-async def test_a_body_that_is_no_json_object_is_told_so(kit: Kit, body: bytes) -> None:
+async def test_a_body_that_is_no_json_object_is_told_so(empty_kit: Kit, body: bytes) -> None:
     for route in (CHAT, "/ingest"):
-        is_error(await kit.client.post(route, content=body, headers=JSON), 400)
+        is_error(await empty_kit.client.post(route, content=body, headers=JSON), 400)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ async def test_a_body_that_is_no_json_object_is_told_so(kit: Kit, body: bytes) -
         ({"logit_bias": {"1": 2}}, "logit_bias"),
     ],
 )
-async def test_a_bad_field_is_named(kit: Kit, change: dict[str, Any], param: str) -> None:
+async def test_a_bad_field_is_named(empty_kit: Kit, change: dict[str, Any], param: str) -> None:
     for stream in (False, True):
-        answer = await kit.client.post(CHAT, json={"stream": stream} | GOOD | change)
+        answer = await empty_kit.client.post(CHAT, json={"stream": stream} | GOOD | change)
         message = is_error(answer, 400, param=param)
         assert len(message) < 500
 
@@ -135,8 +135,8 @@ async def test_a_prompt_that_does_not_fit_is_context_length_exceeded(kit: Kit) -
         ({"rag": {"vector_store_ids": ["default", "nowhere"]}}, "collection_not_found"),
     ],
 )
-async def test_what_does_not_exist_is_not_found(kit: Kit, change: dict[str, Any], code: str) -> None:
-    is_error(await kit.client.post(CHAT, json=GOOD | change), 404, code=code)
+async def test_what_does_not_exist_is_not_found(empty_kit: Kit, change: dict[str, Any], code: str) -> None:
+    is_error(await empty_kit.client.post(CHAT, json=GOOD | change), 404, code=code)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ async def test_what_does_not_exist_is_not_found(kit: Kit, change: dict[str, Any]
         ("GET", "/v1/models/other", 404),
     ],
 )
-async def test_routes_fail_in_the_same_shape(kit: Kit, method: str, path: str, status: int) -> None:
-    is_error(await kit.client.request(method, path), status)
+async def test_routes_fail_in_the_same_shape(empty_kit: Kit, method: str, path: str, status: int) -> None:
+    is_error(await empty_kit.client.request(method, path), status)
 
 
 async def test_only_json_is_read_as_json(kit: Kit) -> None:

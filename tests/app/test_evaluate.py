@@ -110,7 +110,7 @@ async def test_results_of_another_run_are_not_mixed_in(engine: TrivialEngine, tm
 def test_arms_are_named_after_selector_and_ratio() -> None:
     assert [a.name for a in make_arms(["auto"], [0.1])] == ["full", "reuse", "auto"]
     assert [a.name for a in make_arms(["auto"], [0.1, 0.25])] == ["full", "reuse", "auto@0.1", "auto@0.25"]
-    with pytest.raises(UnknownSelectorError, match="nonsense.*deviation"):
+    with pytest.raises(UnknownSelectorError, match=r"nonsense.*deviation"):
         make_arms(["nonsense"], [0.1])
     with pytest.raises(EvaluationError, match=r"1\.5"):
         make_arms(["auto"], [1.5])

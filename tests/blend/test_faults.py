@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from store import MemoryStore
-from tests.blend.conftest import Served, sentence
+from tests.blend.served import Served
+from tests.blend.tiny import sentence
 
 TEXTS = [sentence(i, 18) for i in range(16)]
 

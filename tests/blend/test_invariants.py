@@ -1,9 +1,10 @@
-"""The ten invariants of the design, on every engine. (Those about single rows are in test_rows.py, with their numbers.)"""
+"""The ten invariants of the design, on every engine (row by row in test_rows.py, under the same numbers)."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,8 @@ import torch
 
 from blend.keys import KeyMaker
 from blend.select import NAMES
-from blend.types import Prompt
-from kernels.rotate import rotate
-from store.base import Miss
-from tests.blend.conftest import OTHER_TENANT, TENANT, Served, sentence
+from tests.blend.served import OTHER_TENANT, TENANT, Served
+from tests.blend.tiny import sentence
 
 TEXTS = [sentence(i, words) for i, words in enumerate((14, 9, 22, 5, 17, 11))]
 
@@ -22,30 +21,6 @@ TEXTS = [sentence(i, words) for i, words in enumerate((14, 9, 22, 5, 17, 11))]
 @pytest.fixture
 def refs(engine: Served) -> list[Any]:
     return engine.document(*TEXTS)
-
-
-def fused(served: Served, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [L, N, H, D] of the context as stored, turned to their places: by hand, from the store."""
-    keys, values = [], []
-    for s in prompt.segments[:-1]:
-        ids = prompt.token_ids[s.start : s.stop]
-        info = served.engine.info
-        chunk = served.engine.store.get(s.key, info.layout, ids, source=s.source, tokenizer=info.tokenizer)
-        assert not isinstance(chunk, Miss)
-        keys.append((chunk.k, s.start - chunk.k_position))
-        values.append(chunk.v)
-    from blend.rope import rope_from_config
-    from blend.support import head_dim
-
-    config = served_config(served)
-    inv_freq = rope_from_config(config, head_dim(config)).inv_freq
-    return torch.cat([rotate(k, by, inv_freq) for k, by in keys], dim=1), torch.cat(values, dim=1)
-
-
-def served_config(served: Served) -> dict[str, Any]:
-    import transformers
-
-    return transformers.AutoConfig.from_pretrained(served.folder).to_dict()
 
 
 # 1 -------------------------------------------------------------------------------------------------------------------
@@ -104,8 +79,9 @@ def test_2_a_whole_document_in_reading_order_is_exact(any_engine: Served) -> Non
 
 def test_3_what_comes_later_changes_nothing_earlier(engine: Served, refs: list[Any]) -> None:
     """Chunks stored by a compile do not depend on the chunks compiled after them."""
-    short, long = engine.document(*TEXTS[:2], context="document", name="s"), engine.document(
-        *TEXTS, context="document", name="l"
+    short, long = (
+        engine.document(*TEXTS[:2], context="document", name="s"),
+        engine.document(*TEXTS, context="document", name="l"),
     )
     assert [r.key for r in short] == [r.key for r in long[:2]]
     prompt = engine.prompt(short)
@@ -119,7 +95,7 @@ def test_4_a_moved_chunk_has_the_keys_of_its_new_place(any_engine: Served, truth
     """Layer-0 K depends on nothing but token and position, so it must equal transformers' K there."""
     refs = any_engine.document(*TEXTS)
     prompt = any_engine.prompt([refs[5], refs[2], refs[0]])
-    k, _ = fused(any_engine, prompt)
+    k, _ = any_engine.fused(prompt)
     expected, _ = truth(any_engine.kind).kv(prompt.token_ids[: prompt.context_tokens])
     torch.testing.assert_close(k[0], expected[0], atol=5e-4, rtol=1e-4)
 
@@ -136,7 +112,7 @@ def test_5_the_question_is_computed_on_the_fused_cache(
     prompt = any_engine.prompt([refs[4], refs[1], refs[3]], question)
     reused = any_engine.ask(prompt, "reuse", tokens=1)
     ids = prompt.token_ids[prompt.question.start :]
-    expected, _ = truth(any_engine.kind).over(*fused(any_engine, prompt), ids)
+    expected, _ = truth(any_engine.kind).over(*any_engine.fused(prompt), ids)
     assert reused.tokens == [int(expected[-1].argmax())]
     for token, value in reused.top[0].items():
         assert value == pytest.approx(float(expected[-1, token]), abs=any_engine.tolerance)
@@ -283,8 +259,6 @@ def test_10_the_engines_agree(engines: Callable[[str, str], Served], kind: str, 
 
 
 def test_keys_differ_between_models(tiny_model: Callable[[str], Any], engine: Served) -> None:
-    from dataclasses import replace
-
     keys = engine.keys()
     other = replace(keys, layout=replace(keys.layout, model="0" * 64))
     assert isinstance(other, KeyMaker)

@@ -11,9 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blend.prompt import ChunkRef, PromptLayout, TemplateError
+from blend.prompt import _MARK, ChunkRef, PromptLayout, TemplateError
 from store.types import KVKey
-from tests.blend.conftest import SPECIAL
+from tests.blend.tiny import SPECIAL
 
 CONTROL = set(range(len(SPECIAL)))
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = range(6)
@@ -58,7 +58,8 @@ def test_without_a_system_role_the_passages_open_the_first_user_turn(tiny_model:
     layout = PromptLayout(transformers.AutoTokenizer.from_pretrained(tiny_model("llama/no-system")))
     prompt = build(layout, [ref(layout, "One.")], user("Who?"), {"role": "assistant", "content": "She."}, user("Why?"))
     assert text(layout, prompt.token_ids) == (
-        "<s><|user|>Answer the question from the passages.\n\nOne.\n\nWho?</s><|assistant|>She.</s><|user|>Why?</s><|assistant|>"
+        "<s><|user|>Answer the question from the passages.\n\nOne.\n\nWho?</s>"
+        "<|assistant|>She.</s><|user|>Why?</s><|assistant|>"
     )
 
 
@@ -146,8 +147,6 @@ def test_text_parts_are_joined_and_images_refused(layout: PromptLayout) -> None:
 
 
 def test_the_marks_of_the_layout_in_a_message_are_only_text(layout: PromptLayout) -> None:
-    from blend.prompt import _MARK
-
     for evil in (f"{_MARK}0;", f"{_MARK}s;", f"{_MARK}99;", _MARK):
         prompt = build(layout, [ref(layout, evil)], {"role": "system", "content": evil}, user(evil), user("Who?"))
         assert text(layout, prompt.token_ids).count(evil) == 3

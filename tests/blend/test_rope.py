@@ -53,9 +53,7 @@ PARAMETERS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(PARAMETERS, PARTIAL, st.sampled_from([32, 64, 96, 128]))
 @pytest.mark.filterwarnings("ignore")
-def test_frequencies_equal_those_of_transformers(
-    parameters: dict[str, Any], partial: float, head_dim: int
-) -> None:
+def test_frequencies_equal_those_of_transformers(parameters: dict[str, Any], partial: float, head_dim: int) -> None:
     if parameters["rope_type"] != "linear" or partial != 1.0:
         parameters = parameters | {"partial_rotary_factor": partial}
     config = transformers.LlamaConfig(

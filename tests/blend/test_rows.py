@@ -1,4 +1,4 @@
-"""Single rows of the reference model: what is in its cache, row by row (invariants 2, 3, 4 and 5 with their numbers)."""
+"""Single rows of the reference model: what is in its cache, row by row (invariants 2 to 5, by their numbers)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blend.method import blend, compile_chunks, walk
 from blend.types import BlendOptions, CompileJob, Prompt, Segment
 from kernels.rotate import rotate
 from store import ChunkKV, KVKey, MemoryStore
-from tests.blend.conftest import KINDS
+from tests.blend.tiny import KINDS
 
 CONTEXT = tuple(range(100, 107))
 
@@ -177,9 +177,7 @@ def test_rows_not_reached_cannot_leak_even_if_they_are_nan(weights: Any) -> None
     assert torch.equal(planes(poisoned)[0][:, :30], planes(clean)[0])
 
 
-def test_long_walks_are_attended_in_blocks_with_the_same_result(
-    weights: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_walks_are_attended_in_blocks_with_the_same_result(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(100, 7)
     whole = planes(prefilled(weights(), ids))
     monkeypatch.setattr("blend.engines.transformers.model._BLOCK", 7)
@@ -226,4 +224,3 @@ def test_rows_below_computed_are_left_alone(weights: Any) -> None:
         assert bool((model.cache.k[:, :, :30] == 0.25).all())
         assert bool((model.cache.v[:, :, :30] == 0.5).all())
         assert stats.reused >= 30
-

@@ -28,7 +28,11 @@ def _save(folder: Path, config: Any, architecture: str) -> EngineConfig:
 @pytest.mark.parametrize(
     ("make", "architecture", "field"),
     [
-        (lambda: transformers.MistralConfig(**SMALL, sliding_window=128), "MistralForCausalLM", "sliding_window|layer_types"),
+        (
+            lambda: transformers.MistralConfig(**SMALL, sliding_window=128),
+            "MistralForCausalLM",
+            "sliding_window|layer_types",
+        ),
         (
             lambda: transformers.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=64, max_window_layers=1),
             "Qwen2ForCausalLM",
@@ -140,7 +144,7 @@ def test_a_folder_that_does_not_exist_is_named() -> None:
 
 def test_an_unknown_dtype_or_device_shows_the_choices(tiny_model: Callable[[str], Path]) -> None:
     folder = str(tiny_model("llama"))
-    with pytest.raises(EngineError, match="float8.*float32, bfloat16, float16"):
+    with pytest.raises(EngineError, match=r"float8.*float32, bfloat16, float16"):
         load_weights(EngineConfig(folder, None, dtype="float8"))
     with pytest.raises(EngineError, match="'toaster'"):
         load_weights(EngineConfig(folder, None, device="toaster"))

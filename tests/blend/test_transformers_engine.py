@@ -15,7 +15,8 @@ import pytest
 from blend.engines import EngineConfig, open_engine
 from blend.errors import EngineError, PromptTooLongError, UnknownSelectorError
 from store.errors import StoreFullError
-from tests.blend.conftest import Served, sentence
+from tests.blend.served import Served
+from tests.blend.tiny import sentence
 
 TEXTS = [sentence(i, 20) for i in range(4)]
 
@@ -36,9 +37,9 @@ def test_it_says_who_it_is(served: Served) -> None:
 def test_unknown_engines_options_and_lengths_are_refused(
     served: Served, reference: Callable[..., Served], tiny_model: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(EngineError, match="'tpu'.*auto, vllm, transformers"):
+    with pytest.raises(EngineError, match=r"'tpu'.*auto, vllm, transformers"):
         served.loop.run(open_engine("tpu", EngineConfig("x", None)))
-    with pytest.raises(EngineError, match="'min_tokens'.*min_context_tokens"):
+    with pytest.raises(EngineError, match=r"'min_tokens'.*min_context_tokens"):
         reference(options={"min_tokens": 3})
     with pytest.raises(EngineError, match=r"4096.*2048"):
         reference(max_context=4096)
@@ -84,9 +85,7 @@ def test_a_failure_of_the_model_is_an_engine_error_and_the_next_request_works(
     assert served.ask(prompt).finish == "length"
 
 
-def test_a_full_store_is_the_jobs_error_and_the_engine_goes_on(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_store_is_the_jobs_error_and_the_engine_goes_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: Any) -> int:
         raise StoreFullError("no room")
 
@@ -123,9 +122,7 @@ def test_the_whole_stream_is_answer_and_accounting(served: Served) -> None:
 
 def test_sampling_is_repeated_by_its_seed(served: Served) -> None:
     prompt = served.prompt(served.document(*TEXTS))
-    once, again, other = (
-        served.ask(prompt, tokens=12, temperature=1.5, seed=s).tokens for s in (7, 7, 8)
-    )
+    once, again, other = (served.ask(prompt, tokens=12, temperature=1.5, seed=s).tokens for s in (7, 7, 8))
     assert once == again != other
     free = {tuple(served.ask(prompt, tokens=12, temperature=1.5).tokens) for _ in range(3)}
     assert len(free) > 1

@@ -22,12 +22,11 @@ from blend.engines.transformers.decoding import Answer
 from blend.engines.transformers.model import RowModel, Weights, load_weights
 from blend.errors import EngineError, PromptTooLongError
 from blend.fingerprint import tokenizer_fingerprint
-from blend.method import blend, compile_chunks, walk
+from blend.method import blend, compile_into, walk
 from blend.select import open_selector
 from blend.types import BlendStats, CompileJob, CompileResult, Delta, Request
 from store import open_store
 from store.base import KVStore
-from store.types import ChunkKV
 
 _T = TypeVar("_T")
 _OPTIONS = ("min_context_tokens",)
@@ -140,13 +139,7 @@ class TransformersEngine:
 
     def _compile(self, weights: Weights, job: CompileJob) -> CompileResult:
         begin = time.perf_counter()
-        planes = compile_chunks(RowModel(weights, job.tokens), job)
-        at, written = len(job.context), 0
-        for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, planes, strict=True):
-            written += self.store.put(
-                ChunkKV(key, weights.layout, ids, k.contiguous(), v.contiguous(), at, source, self.info.tokenizer)
-            )
-            at += len(ids)
+        written = compile_into(RowModel(weights, job.tokens), job, self.store, tokenizer=self.info.tokenizer)
         return CompileResult(len(job.chunks), job.tokens, written, time.perf_counter() - begin)
 
     # -- helpers --------------------------------------------------------------------------------------------------

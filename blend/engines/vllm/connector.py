@@ -19,9 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from blend.engines.vllm.wire import pack_stats, unpack_blend, unpack_compile
-from blend.method import blend, compile_chunks
+from blend.method import blend, compile_into
 from store.errors import StoreError, StoreFullError
-from store.types import ChunkKV
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -122,17 +121,11 @@ class BlendConnector(KVConnectorBase_V1):
         """Compile and write; a store that is full or failing is the job's result, not the engine's end."""
         assert self.worker is not None and self.store is not None
         job = unpack_compile(load.wire, tuple(load.token_ids))
-        written, position = 0, len(job.context)
-        compiled = compile_chunks(self.worker.request(load.block_ids), job)
+        model = self.worker.request(load.block_ids)
         try:
-            for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, compiled, strict=True):
-                written += self.store.put(ChunkKV(key, self.worker.layout, ids, k, v, position, source, self.tokenizer))
-                position += len(ids)
-        except StoreFullError as e:
-            return {"error": str(e), "full": True}
+            return {"bytes": compile_into(model, job, self.store, tokenizer=self.tokenizer)}
         except StoreError as e:
-            return {"error": str(e), "full": False}
-        return {"bytes": written}
+            return {"error": str(e), "full": isinstance(e, StoreFullError)}
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: ``start_load_kv`` returns when the rows are in the cache."""

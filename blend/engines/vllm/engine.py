@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,17 +198,14 @@ class VllmEngine:
             )
 
     async def _decide(self, request: Request) -> tuple[Mode, str | None]:
-        keys = [s.key for s in request.prompt.segments if s.key is not None]
-        if self._store is not None:
-            known = {k for k in keys if self._store.contains(k)}
-        else:
-            found = (await self._llm.collective_rpc("ragblend_contains", args=([k.hex for k in keys],)))[0]
-            known = {k for k, there in zip(keys, found, strict=True) if there}
-
-        def contains(key: KVKey) -> bool:
-            return key in known
-
+        contains = self._store.contains if self._store else await self._worker_contains(request.prompt)
         return decide(request.prompt, request.blend, contains, min_context_tokens=self._min_context_tokens)
+
+    async def _worker_contains(self, prompt: Prompt) -> Callable[[KVKey], bool]:
+        """Look-up of the prompt's keys in a store that only the worker's memory holds."""
+        keys = [s.key for s in prompt.segments if s.key is not None]
+        found = (await self._llm.collective_rpc("ragblend_contains", args=([k.hex for k in keys],)))[0]
+        return dict(zip(keys, found, strict=True)).__getitem__
 
     async def _stats(self, id: str, prompt: Prompt, mode: str, why: str | None, cached: int) -> BlendStats:
         if mode == "full":
