@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from urllib.parse import quote
 
 # Markers stand on their own, one or several: `a[0][1]` in code is none.
@@ -26,6 +27,7 @@ _STOP = frozenset(
     "you your".split()
 )
 MAX_CITATIONS = 20
+MAX_SENTENCE_WORDS = 60
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def cite(answer: str, question: str, passages: Sequence[Passage]) -> list[Citati
     sentences = [s for p in passages for s in _sentences(p)]
     asked = _words(question)
     found: list[Citation] = []
-    for start, stop in _sentence_spans(answer):
+    for start, stop in islice(_sentence_spans(answer), 2 * MAX_CITATIONS):
         marked = list(_by_marker(answer, start, stop, passages, sentences))
         found += marked or _by_words(answer, start, stop, asked, sentences)
     return found[:MAX_CITATIONS]
@@ -210,8 +212,14 @@ def _sentences(passage: Passage) -> Iterator[_Sentence]:
 
 
 def _sentence_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Sentences; what has no full stop (a table, a list) in pieces, so that a quote stays short and matching cheap."""
     for found in _SENTENCE.finditer(text):
-        yield found.start(), found.end()
+        start = found.start()
+        for n, word in enumerate(_WORD.finditer(text, *found.span())):
+            if n and n % MAX_SENTENCE_WORDS == 0:
+                yield start, start + len(text[start : word.start()].rstrip())
+                start = word.start()
+        yield start, found.end()
 
 
 def _words(text: str) -> _Words:

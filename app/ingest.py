@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from app.errors import BadRequestError, shape_of
-from app.jobs import DocumentResult, Item, Job, JobRecords
+from app.jobs import Content, DocumentResult, Item, Job, JobRecords
 from app.metrics import Metrics
 from app.precompute import Precomputer, PrecomputeReport
 from app.schema.ingest import IngestDocument
@@ -38,9 +38,9 @@ class _Parsed:
     error: ParseError | None = None
 
 
-def items_of(documents: Sequence[IngestDocument]) -> list[tuple[Item, bytes]]:
+def items_of(documents: Sequence[IngestDocument]) -> list[tuple[Item, Content]]:
     """Job items of a JSON request. Raises ``BadRequestError`` naming the field."""
-    items = []
+    items: list[tuple[Item, Content]] = []
     for n, d in enumerate(documents):
         if (d.text is None) == (d.chunks is None):
             raise BadRequestError(f"documents[{n}] needs either text or chunks", param=f"documents[{n}].text")

@@ -19,11 +19,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from app.errors import JobNotFoundError, NotReadyError, OverloadedError, StorageError
 
 State = Literal["queued", "parsing", "chunking", "embedding", "searchable", "precomputing", "precomputed", "failed"]
+Content = bytes | IO[bytes]
 log = logging.getLogger(__name__)
 
 
@@ -125,11 +126,23 @@ class JobRecords:
     def folder(self, job_id: str) -> Path:
         return self.uploads / job_id
 
-    def put_bytes(self, job_id: str, number: int, data: bytes) -> None:
+    def put_bytes(self, job_id: str, number: int, data: Content) -> None:
         """Keep what item ``number`` is made of until it is searchable. Client names never become paths."""
         folder = self.folder(job_id)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / str(number)).write_bytes(data)
+        with (folder / str(number)).open("wb") as f:
+            if isinstance(data, bytes):
+                f.write(data)
+            else:
+                shutil.copyfileobj(data, f)
+
+    def forget_old(self, keep: int = 10_000) -> None:
+        """Drop records of ended jobs beyond the latest ``keep``."""
+        with self._lock:
+            self._sql.execute(
+                "DELETE FROM jobs WHERE ended = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY created DESC LIMIT ?)",
+                (keep,),
+            )
 
     def bytes_of(self, job_id: str, number: int) -> bytes:
         return (self.folder(job_id) / str(number)).read_bytes()
@@ -168,6 +181,7 @@ class Jobs:
 
     def start(self) -> None:
         """Start the workers; jobs that a crash or a stop cut short go on from the step they were in."""
+        self.records.forget_old()
         for job in self.records.unfinished():
             if job.state in ("searchable", "precomputing"):
                 self._enter(job, 1)
@@ -185,7 +199,7 @@ class Jobs:
             asyncio.create_task(self._work(step), name=f"ragblend-jobs-{step}") for step in (0, 1) if self._steps[step]
         ]
 
-    async def submit(self, collection: str, items: Sequence[tuple[Item, bytes]]) -> Job:
+    async def submit(self, collection: str, items: Sequence[tuple[Item, Content]]) -> Job:
         """Accept a job; its bytes and record are on disk when this returns. Raises ``OverloadedError``."""
         if not self._workers:
             raise NotReadyError("background work is not running")
@@ -248,7 +262,7 @@ class Jobs:
         self._live[job.id] = job
         self._ended.setdefault(job.id, asyncio.Event())
         if self._steps[step] is None:
-            self._finish(job, job.state)
+            self._finish(job, "searchable")
         else:
             self._queues[step].put_nowait(job)
 

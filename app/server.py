@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -61,16 +61,22 @@ def create_app(service_or_settings: Service | Settings) -> FastAPI:
     return app
 
 
-def run_server(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ``StartError`` and what ``Service.open`` raises."""
-    asyncio.run(serve(settings))
+Prepare = Callable[[Service], Awaitable[None]]
 
 
-async def serve(settings: Settings) -> None:
+def run_server(settings: Settings, *, prepare: Prepare | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; ``prepare`` runs before the first request is taken. Raises ``StartError`` and what
+    ``Service.open`` raises."""
+    asyncio.run(serve(settings, prepare=prepare))
+
+
+async def serve(settings: Settings, *, prepare: Prepare | None = None) -> None:
     """Bind first (a taken port is known before a model is loaded), open the service, serve, close."""
     with _bound(settings.host, settings.port) as listener:
         service = await Service.open(settings)
         try:
+            if prepare is not None:
+                await prepare(service)
             config = uvicorn.Config(
                 create_app(service), timeout_graceful_shutdown=GRACE_S, log_level="info", access_log=False,
                 server_header=False, lifespan="off",

@@ -50,7 +50,7 @@ class BlendSettings(_Part):
 class RetrievalSettings(_Part):
     """Defaults of retrieval. ``neighbours``: chunks added before and after each hit."""
 
-    max_num_results: _Positive = 6
+    max_num_results: int = Field(6, gt=0, le=1000)
     neighbours: int = Field(1, ge=0)
     mode: Literal["hybrid", "dense", "text"] = "hybrid"
 
@@ -66,7 +66,7 @@ class Limits(_Part):
     n: _Positive = 8
     stop: _Positive = 4
     top_logprobs: int = Field(20, ge=0)
-    max_num_results: _Positive = 50
+    max_num_results: int = Field(50, gt=0, le=1000)
     request_s: float = Field(300, gt=0)
     requests: _Positive = 256
     jobs: _Positive = 64

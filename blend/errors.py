@@ -15,6 +15,10 @@ class PromptTooLongError(BlendError):
     """The prompt and the asked-for answer do not fit the model's context."""
 
 
+class NonFiniteError(BlendError):
+    """A chunk compiled to NaN or infinity (float16 overflows, say); it is not stored: it would poison other rows."""
+
+
 class EngineError(BlendError):
     """The engine failed or is not running."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blend.errors import NonFiniteError
 from blend.load import Loaded, load
 from blend.model import BlendModel, Observed
 from blend.select import Selection, open_selector
@@ -108,9 +109,16 @@ def compile_chunks(model: BlendModel, job: CompileJob) -> list[tuple[Tensor, Ten
 
 
 def compile_into(model: BlendModel, job: CompileJob, store: KVStore, *, tokenizer: str) -> int:
-    """Compile ``job`` and store its chunks; returns the payload bytes written. Raises ``StoreError`` and its kinds."""
+    """Compile ``job`` and store its chunks; returns the payload bytes written.
+
+    Raises ``StoreError`` and its kinds, ``NonFiniteError``.
+    """
     position, written = len(job.context), 0
     for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, compile_chunks(model, job), strict=True):
+        if not (k.isfinite().all() and v.isfinite().all()):
+            raise NonFiniteError(
+                f"chunk {key.hex[:16]} compiles to NaN or infinity in {model.layout.dtype}; use bfloat16"
+            )
         written += store.put(ChunkKV(key, model.layout, ids, k, v, position, source, tokenizer))
         position += len(ids)
     return written

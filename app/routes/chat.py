@@ -23,6 +23,7 @@ from app.schema.chat import ChatRequest
 
 FIRST_EVENT_S = 5.0
 PING_S = 15
+GRACE_S = 8.0  # a stopping server lets streams end, a little shorter than it waits itself
 router = APIRouter()
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class EventStream(EventSourceResponse):
     """The response; however it ends, the events are closed before it returns."""
 
     def __init__(self, events: Events, headers: dict[str, str]) -> None:
-        super().__init__(aiter(events), headers=headers, ping=PING_S, sep="\n")
+        super().__init__(aiter(events), headers=headers, ping=PING_S, sep="\n", shutdown_grace_period=GRACE_S)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -13,7 +14,7 @@ from starlette.formparsers import MultiPartException
 
 from app.errors import BadRequestError, BodyTooLargeError, MalformedBodyError, NotReadyError
 from app.ingest import items_of, open_collection
-from app.jobs import Item, Job, Jobs
+from app.jobs import Content, Item, Job, Jobs
 from app.routes.common import ServiceOf, json_bytes, json_schema
 from app.schema.body import check, parse_json, read_body, warning_header
 from app.schema.ingest import FormFields, IngestRequest
@@ -29,14 +30,11 @@ async def ingest(request: Request, service: ServiceOf, wait: bool = False) -> Re
     """Take documents in: JSON (``documents`` with ``text`` or ``chunks``) or multipart files. 202 and a job; with
     ``wait=true`` the ended job."""
     jobs = _jobs(service)
-    strict = service.settings.strict
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        items, collection, unknown = await _form(request, service)
+        job, unknown = await _submit_form(request, service, jobs)
     else:
-        body, unknown = read_body(await json_bytes(request), IngestRequest, strict=strict)
-        items, collection = items_of(body.documents), body.collection
-    await asyncio.to_thread(open_collection, service.retriever, collection)
-    job = await jobs.submit(collection, items)
+        body, unknown = read_body(await json_bytes(request), IngestRequest, strict=service.settings.strict)
+        job = await _submit(service, jobs, body.collection, items_of(body.documents))
     if wait:
         await _ended(jobs, job, service.settings.limits.request_s)
     headers = {"location": f"/jobs/{job.id}"} | warning_header(unknown)
@@ -82,8 +80,13 @@ async def _ended(jobs: Jobs, job: Job, limit_s: float) -> None:
         return  # 202 with the state reached so far; the job goes on
 
 
-async def _form(request: Request, service: Service) -> tuple[list[tuple[Item, bytes]], str, list[str]]:
-    """Files and fields of a multipart body."""
+async def _submit(service: Service, jobs: Jobs, collection: str, items: Sequence[tuple[Item, Content]]) -> Job:
+    await asyncio.to_thread(open_collection, service.retriever, collection)
+    return await jobs.submit(collection, items)
+
+
+async def _submit_form(request: Request, service: Service, jobs: Jobs) -> tuple[Job, list[str]]:
+    """Files of a multipart body; they go from disk to disk, never whole through memory."""
     limits = service.settings.limits
     try:
         form = await request.form(max_files=limits.multipart_parts, max_fields=limits.multipart_parts)
@@ -98,13 +101,13 @@ async def _form(request: Request, service: Service) -> tuple[list[tuple[Item, by
             raise BadRequestError("the form holds no files; send each as a part with a file name", param="files")
         if fields.title is not None and len(files) > 1:
             raise BadRequestError("title fits one file only", param="title")
-        items = []
+        items: list[tuple[Item, Content]] = []
         for n, file in enumerate(files):
             if (file.size or 0) > limits.file_mib * MIB:
                 raise BodyTooLargeError(f"file {(file.filename or '')[:200]!r} is larger than {limits.file_mib:g} MiB")
             item = Item(n, "file", file.filename or f"file-{n + 1}", fields.title, None, dict(fields.metadata or {}))
-            items.append((item, await file.read()))
-        return items, fields.collection, unknown
+            items.append((item, file.file))
+        return await _submit(service, jobs, fields.collection, items), unknown
     finally:
         await form.close()
 

@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     async def compile(self, job: CompileJob) -> CompileResult:
-        """Run ``job`` and write its chunks to the store. Raises ``store.errors.StoreError``, ``EngineError``."""
+        """Run ``job`` and write its chunks to the store. Raises ``StoreError``, ``NonFiniteError``, ``EngineError``."""
         ...
 
     async def check(self) -> None:

@@ -27,10 +27,11 @@ DOCUMENTS = [
     {
         "id": "doc-otto",
         "title": "Otto Brandt",
-        "text": "Otto Brandt was a sailor. He spoke four languages.\n\nHe was born in Westhaven. He kept an old parrot.",
+        "text": "Otto Brandt was a sailor. He spoke four languages.\n\n"
+        "He was born in Westhaven. He kept an old parrot.",
     },
 ]
-CHUNK_TOKENS = 60  # one paragraph of DOCUMENTS each: the trivial engine's tokens are bytes
+CHUNK_TOKENS = 60  # bytes here: one paragraph of DOCUMENTS each
 
 
 class Kit:

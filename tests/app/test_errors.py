@@ -178,7 +178,11 @@ async def test_a_body_over_the_limit_is_refused_announced_or_not(open_kit: OpenK
 
 
 async def test_unknown_fields_are_an_error_in_strict_mode_and_a_warning_otherwise(open_kit: OpenKit) -> None:
-    change = {"temprature": 1, "rag": {"enabled": False, "blendd": {}}, "messages": [GOOD["messages"][0] | {"nmae": "x"}]}
+    change = {
+        "temprature": 1,
+        "rag": {"enabled": False, "blendd": {}},
+        "messages": [GOOD["messages"][0] | {"nmae": "x"}],
+    }
     loose = await open_kit()
     answer = await loose.client.post(CHAT, json=GOOD | change)
     assert answer.status_code == 200
@@ -205,21 +209,24 @@ async def test_a_request_id_is_taken_over_if_it_is_harmless(kit: Kit) -> None:
 
 async def test_with_a_key_every_route_but_livez_needs_it(open_kit: OpenKit) -> None:
     kit = await open_kit(api_key="s3cret")
-    paths = [
-        (method.upper(), path)
-        for path, routes in (await kit.client.get("/openapi.json", headers={"authorization": "Bearer s3cret"})).json()["paths"].items()
-        for method in routes
-    ]  # fmt: skip
+    key = {"authorization": "Bearer s3cret"}
+    openapi = (await kit.client.get("/openapi.json", headers=key)).json()
+    paths = [(method.upper(), path) for path, methods in openapi["paths"].items() for method in methods]
     assert len(paths) >= 9
     for method, path in [*paths, ("GET", "/openapi.json"), ("GET", "/nope")]:
         status = 200 if path == "/livez" else 401
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}, {"authorization": "Basic s3cret"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "s3cret"},
+            {"authorization": "Basic s3cret"},
+        ):
             answer = await kit.client.request(method, path, headers=headers)
             assert answer.status_code == status, (method, path, headers)
         if status == 401:
             is_error(answer, 401, code="invalid_api_key")
             assert answer.headers["www-authenticate"] == "Bearer"
-    good = await kit.client.post(CHAT, json=GOOD, headers={"authorization": "Bearer s3cret"})
+    good = await kit.client.post(CHAT, json=GOOD, headers=key)
     assert good.status_code == 200
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import sqlite3
 from typing import Any
 
 import pytest
 
 from app import precompute as precompute_module
+from app.jobs import Item
 from app.precompute import PrecomputeReport, precompute
 from blend.types import CompileJob, CompileResult
 from retriever.errors import UnknownCollectionError
@@ -172,7 +175,10 @@ async def test_a_bad_ingest_request_is_refused_whole(empty_kit: Kit, body: dict[
     [
         (b"no boundary", "multipart/form-data"),
         (b"nonsense", "multipart/form-data; boundary=x"),
-        (b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\nonly a field\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (
+            b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\nonly a field\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+        ),
     ],
 )
 async def test_a_broken_form_is_a_400(empty_kit: Kit, content: bytes, kind: str) -> None:
@@ -213,6 +219,34 @@ async def test_a_broken_engine_leaves_the_document_searchable(kit: Kit, monkeypa
     assert job["state"] == "searchable"
     assert "secret" not in json.dumps(job)
     assert (await kit.ingest())["state"] == "precomputed"  # nothing to compile
+
+
+async def test_a_full_device_refuses_the_upload_and_serves_on(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kit.service.jobs is not None
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kit.service.jobs.records, "put_bytes", full)
+        for body in ({"json": {"documents": DOCUMENTS}}, {"files": {"file": ("a.txt", b"x")}}):
+            answer = await kit.client.post("/ingest", **body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
+    assert kit.service.jobs.running == 0
+    assert (await kit.chat()).status_code == 200
+    assert (await kit.ingest())["state"] == "precomputed"
+
+
+async def test_a_job_whose_record_cannot_be_written_still_ends(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kit.service.jobs is not None
+    job = await kit.service.jobs.submit("default", [(Item(0, "text", "a.txt"), b"Written anyway.")])
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(kit.service.jobs.records, "save", full)
+    await kit.service.jobs.wait(job)
+    assert job.state == "precomputed"
 
 
 async def test_the_queue_is_bounded(open_kit: OpenKit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import openai
 import pytest
 import uvicorn
 
-from app.server import create_app
+from app.errors import StartError
+from app.server import create_app, serve
 from app.service import Service
 from app.trivial import TrivialEngine
 from retriever.embed import HashEmbedder
@@ -91,9 +92,8 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 
 def test_the_sync_client_reads_the_answer_and_everything_beside_it(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="trivial", messages=QUESTION, extra_body={"rag": {"vector_store_ids": ["default"], "blend": {"mode": "blend"}}}
-    )  # fmt: skip
+    rag = {"vector_store_ids": ["default"], "blend": {"mode": "blend"}}
+    answer = client.chat.completions.create(model="trivial", messages=QUESTION, extra_body={"rag": rag})
     message = answer.choices[0].message
     assert message.content == ANSWER
     assert message.annotations is not None
@@ -156,7 +156,8 @@ def test_a_client_that_leaves_a_stream_frees_the_engine_within_a_second(
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_before_the_first_word_frees_the_engine(live: Live, stream: bool) -> None:
     body = json.dumps({"model": "trivial", "stream": stream, "messages": [{"role": "user", "content": "word " * 500}]})
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     live.engine.delay_s = 0.2
     try:
         with socket.create_connection(("127.0.0.1", live.port)) as raw:
@@ -170,7 +171,17 @@ def test_a_client_that_leaves_before_the_first_word_frees_the_engine(live: Live,
         live.engine.delay_s = 0.02
 
 
+async def test_a_taken_port_is_told_before_anything_is_loaded(live: Live, tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=f"cannot bind 127.0.0.1:{live.port}"):
+        await serve(make_settings(tmp_path / "data", port=live.port))
+    assert not (tmp_path / "data").exists()
+
+
 def test_half_a_request_takes_nothing(live: Live, client: openai.OpenAI) -> None:
     with socket.create_connection(("127.0.0.1", live.port)) as raw:
-        raw.sendall(b"POST /ingest HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n{")
-    assert client.chat.completions.create(model="trivial:default", messages=QUESTION).choices[0].message.content == ANSWER
+        raw.sendall(
+            b"POST /ingest HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n{"
+        )
+    assert (
+        client.chat.completions.create(model="trivial:default", messages=QUESTION).choices[0].message.content == ANSWER
+    )

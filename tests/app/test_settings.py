@@ -12,7 +12,9 @@ from app.service import Service, tenant_salt
 from app.settings import load_settings
 
 
-def test_the_environment_wins_over_the_file_and_a_flag_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_wins_over_the_file_and_a_flag_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "ragblend.yaml"
     file.write_text("port: 1\nchunk_tokens: 2\nmodel_name: file\ncompile: {context: prefix, budget: 10}\n")
     monkeypatch.setenv("RAGBLEND_CHUNK_TOKENS", "3")

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from blend.engines import EngineConfig
 from blend.engines.transformers.model import Weights, load_weights
 from tests.blend.served import Loop, Served, open_served
 from tests.blend.tiny import KINDS, NO_SYSTEM_TEMPLATE, TEMPLATE, Truth, write_model
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("ragblend", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ragblend")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -47,7 +47,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=25))
 def test_pieces_add_up_to_the_text_and_none_is_half_a_character(tokenizer: Any, text: str) -> None:
     pieces = [d.text for d in write(tokenizer, [*ids_of(tokenizer, text), EOS])]
@@ -55,7 +55,7 @@ def test_pieces_add_up_to_the_text_and_none_is_half_a_character(tokenizer: Any, 
     assert all("\ufffd" not in p for p in pieces)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 406).filter(lambda t: t != EOS), max_size=30))
 def test_any_tokens_decode_to_what_the_tokenizer_says(tokenizer: Any, ids: list[int]) -> None:
     pieces = [d.text for d in write(tokenizer, [*ids, EOS])]
@@ -102,7 +102,7 @@ def test_length_ends_the_answer(tokenizer: Any) -> None:
     assert (len(deltas), deltas[-1].finish_reason) == (3, "length")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("ab.", max_size=20), st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_a_stop_string_is_never_shown_nor_anything_behind_it(tokenizer: Any, text: str, stops: list[str]) -> None:
     ids = [t for c in text for t in ids_of(tokenizer, c)]  # one token a character

@@ -69,7 +69,7 @@ TEXT = st.one_of(
 TURNS = st.lists(st.tuples(TEXT, TEXT), max_size=2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(TEXT.filter(str.strip), max_size=3), TURNS, TEXT, st.none() | TEXT)
 def test_nothing_a_document_or_client_writes_is_a_control_token(
     any_layout: PromptLayout, chunks: list[str], turns: list[tuple[str, str]], last: str, system: str | None
@@ -89,7 +89,7 @@ def test_nothing_a_document_or_client_writes_is_a_control_token(
     assert controls(replace=False) == controls(replace=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(TURNS, TEXT, st.none() | TEXT)
 def test_the_prefix_is_the_same_for_every_conversation(
     any_layout: PromptLayout, turns: list[tuple[str, str]], last: str, system: str | None
@@ -102,7 +102,7 @@ def test_the_prefix_is_the_same_for_every_conversation(
     assert prompt.segments[0].stop == len(any_layout.prefix)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40).filter(str.strip), st.text(max_size=40).filter(str.strip))
 def test_a_chunks_ids_do_not_depend_on_its_neighbours(layout: PromptLayout, a: str, b: str) -> None:
     first, second = ref(layout, a), ref(layout, b)
@@ -112,7 +112,7 @@ def test_a_chunks_ids_do_not_depend_on_its_neighbours(layout: PromptLayout, a: s
             assert prompt.token_ids[segment.start : segment.stop] == chunk.token_ids
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=60))
 def test_what_is_written_is_what_is_read(layout: PromptLayout, words: str) -> None:
     assert text(layout, layout.plain([user(words)]).token_ids) == f"<s><|user|>{words}</s><|assistant|>"

@@ -50,7 +50,7 @@ PARAMETERS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(PARAMETERS, PARTIAL, st.sampled_from([32, 64, 96, 128]))
 @pytest.mark.filterwarnings("ignore")
 def test_frequencies_equal_those_of_transformers(parameters: dict[str, Any], partial: float, head_dim: int) -> None:

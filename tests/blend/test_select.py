@@ -112,6 +112,28 @@ def test_the_probe_gives_the_attention_of_the_question(weights: Any, scene: tupl
     assert 0 < float(mass.sum()) <= 7 * 4 * 4
 
 
+def test_the_probe_is_the_attention_that_transformers_computes(
+    weights: Any, truth: Any, scene: tuple[Prompt, MemoryStore]
+) -> None:
+    made = state(weights, scene, 10)
+    made.walk(made.loaded.missing_rows)
+    made.loaded.k[:, made.loaded.missing_rows] = made.model.cache.k.transpose(1, 2)[:, made.loaded.missing_rows]  # type: ignore[attr-defined]
+    k, v = (x.transpose(1, 2)[:, :72].clone() for x in (made.model.cache.k, made.model.cache.v))  # type: ignore[attr-defined]
+    expected = truth("llama").attention(k, v, scene[0].token_ids[72:])
+    torch.testing.assert_close(probe(made), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["auto", "question"])
+def test_the_probe_sees_the_keys_that_are_in_the_cache(
+    weights: Any, scene: tuple[Prompt, MemoryStore], name: str
+) -> None:
+    """Missing rows and chunk heads are computed before it; their fresh keys count, not the stored ones."""
+    made = state(weights, scene, 10)
+    open_selector(name).select(made)
+    in_cache = made.model.cache.k.transpose(1, 2)[:, :72]  # type: ignore[attr-defined]
+    assert torch.equal(made.loaded.k, in_cache)
+
+
 def test_the_probe_leaves_no_trace(weights: Any, scene: tuple[Prompt, MemoryStore]) -> None:
     made = state(weights, scene, 10)
     k = made.model.cache.k[:, :, :72].clone()  # type: ignore[attr-defined]
@@ -128,6 +150,16 @@ def test_accounting_counts_what_was_selected(weights: Any, scene: tuple[Prompt, 
     assert stats.missing == 33
     assert stats.recomputed == {"none": 0, "all": 39}.get(name, 18)
     assert [c.missing for c in stats.chunks] == [0, 0, 0, 33, 0]
+
+
+def test_rows_that_the_engine_already_has_are_reused_even_of_a_chunk_that_is_missing(
+    weights: Any, scene: tuple[Prompt, MemoryStore]
+) -> None:
+    prompt, store = scene
+    model = RowModel(weights(), len(prompt.token_ids))
+    stats = blend(model, prompt, BlendOptions("blend", "heads", 0.1), store, tokenizer="tok", computed=40)
+    assert (stats.missing, stats.recomputed, stats.reused) == (20, 7, 45)
+    assert [(c.missing, c.reused) for c in stats.chunks] == [(0, 6), (0, 20), (0, 1), (20, 13), (0, 5)]
 
 
 def test_an_unknown_selector_lists_the_choices() -> None:

@@ -126,6 +126,7 @@ class Truth:
     """The independent truth: plain transformers, none of our code."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.no_grad()
@@ -151,11 +152,23 @@ class Truth:
     @torch.no_grad()
     def over(self, k: torch.Tensor, v: torch.Tensor, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [T, vocabulary] of ``ids`` prefilled over ``k``, ``v`` [L, N, H, D]; and the K after."""
-        cache = transformers.DynamicCache()
-        for layer in range(k.shape[0]):
-            cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+        cache = _cache(k, v)
         logits = self.net(torch.tensor([ids]), past_key_values=cache).logits[0]
         return logits.log_softmax(-1), _planes(cache)[0]
+
+    @torch.no_grad()
+    def attention(self, k: torch.Tensor, v: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+        """[N]: softmax weight of the N cached rows, summed over layers, heads and ``ids``."""
+        net = transformers.AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
+        out = net(torch.tensor([ids]), past_key_values=_cache(k, v), output_attentions=True)
+        return torch.stack(out.attentions)[..., : k.shape[1]].sum(dim=(0, 1, 2, 3))
+
+
+def _cache(k: torch.Tensor, v: torch.Tensor) -> Any:
+    cache = transformers.DynamicCache()
+    for layer in range(k.shape[0]):
+        cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+    return cache
 
 
 def _planes(cache: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 from typing import Any
 
 from blend.errors import EngineError, UnsupportedModelError
@@ -38,6 +39,11 @@ def prepare_environment(kv_cache_gib: float | None) -> str:
     else:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     return version
+
+
+def must_run_eagerly() -> bool:
+    """True where vLLM could not compile the model: its CPU graphs are built with a C++ compiler."""
+    return shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("nvidia-smi") is None
 
 
 def installed_version() -> str | None:

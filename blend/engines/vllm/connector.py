@@ -19,8 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from blend.engines.vllm.wire import pack_stats, unpack_blend, unpack_compile
+from blend.errors import NonFiniteError
 from blend.method import blend, compile_into
-from store.errors import StoreError, StoreFullError
+from store.errors import StoreError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -124,8 +125,8 @@ class BlendConnector(KVConnectorBase_V1):
         model = self.worker.request(load.block_ids)
         try:
             return {"bytes": compile_into(model, job, self.store, tokenizer=self.tokenizer)}
-        except StoreError as e:
-            return {"error": str(e), "full": isinstance(e, StoreFullError)}
+        except (StoreError, NonFiniteError) as e:
+            return {"error": str(e), "kind": type(e).__name__}
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: ``start_load_kv`` returns when the rows are in the cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,9 +14,9 @@ from typing import Any
 
 from blend.decide import decide, full_stats
 from blend.engines.base import EngineConfig, EngineInfo
-from blend.engines.vllm.compat import prepare_environment
+from blend.engines.vllm.compat import must_run_eagerly, prepare_environment
 from blend.engines.vllm.wire import pack_blend, pack_compile, unpack_stats
-from blend.errors import BlendError, EngineError, PromptTooLongError, UnsupportedModelError
+from blend.errors import BlendError, EngineError, NonFiniteError, PromptTooLongError, UnsupportedModelError
 from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
 from blend.rope import rope_from_config
 from blend.select import open_selector
@@ -26,7 +27,9 @@ from store.base import KVStore
 from store.errors import StoreFullError, StoreIOError
 from store.types import KVKey, KVLayout
 
+log = logging.getLogger(__name__)
 _HUNG_AFTER_S = 60.0
+_COMPILE_ERRORS = {e.__name__: e for e in (StoreFullError, StoreIOError, NonFiniteError)}
 _COMPILE_PRIORITY = 10  # higher is later: people's requests go first
 
 
@@ -157,7 +160,7 @@ class VllmEngine:
         if result is None:
             raise EngineError(f"compile job {job.id} did not run")
         if "error" in result:
-            raise (StoreFullError if result["full"] else StoreIOError)(result["error"])
+            raise _COMPILE_ERRORS.get(result["kind"], StoreIOError)(result["error"])
         return CompileResult(len(job.chunks), job.tokens, result["bytes"], time.perf_counter() - begin)
 
     async def check(self) -> None:
@@ -224,6 +227,9 @@ async def _start(config: EngineConfig) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     options = {k: v for k, v in (config.options or {}).items() if k != "min_context_tokens"}
+    if must_run_eagerly() and not options.get("enforce_eager"):
+        log.warning("no C++ compiler (g++) found: vLLM runs uncompiled, full prefill is about a tenth slower")
+        options["enforce_eager"] = True
     try:
         args = AsyncEngineArgs(
             model=config.model,
