@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from app.rag import References
 from app.traffic import Traffic
 from blend.engines import Engine
-from blend.errors import PromptTooLongError
+from blend.errors import NonFiniteError, PromptTooLongError
 from blend.types import CompileJob, CompileResult
 from retriever.errors import UnknownDocumentError
 from retriever.types import DocumentInfo
@@ -130,7 +130,7 @@ class Precomputer:
                 report.failed += len(job.chunks)
                 report.stopped = report.error = f"the KV store is full: {e}"
                 return
-            except (StoreError, PromptTooLongError) as e:
+            except (StoreError, PromptTooLongError, NonFiniteError) as e:
                 log.warning("pass %s was not stored: %s", job.id, e)
                 report.failed += len(job.chunks)
                 report.error = str(e)

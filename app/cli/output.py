@@ -59,7 +59,7 @@ class Meter:
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done = name, total, 0
-        self._said, self._ended = time.monotonic(), False
+        self._said, self._ended = -PLAIN_EVERY_S, False
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
