@@ -1,4 +1,4 @@
-"""Write the README's tree: one line per file, which is the first sentence of its docstring. ``--check`` only compares."""
+"""Write the README tree: one line per file, the first paragraph of its docstring. ``--check`` only compares."""
 
 from __future__ import annotations
 

@@ -35,6 +35,20 @@ STAGES = (
     Stage("longer", 200, (2, 6), (2, 3), FILLED, 10000, 300, (2e-3, 1.78e-3), (0.5, 0.41)),
     Stage("settle", 400, (2, 4), (2, 3), FILLED, 6000, 800, (1.8e-3, 7.3e-4), (0.4, 0.17), chat=0.2),
     Stage("long", 250, (2, 8), (2, 3), FILLED, 7000, 400, (7e-4, 1e-5), (0.15, 0.0), chat=0.3),
+    Stage(
+        "wordings",
+        250,
+        (2, 6),
+        (2, 3),
+        FILLED,
+        6000,
+        400,
+        (5e-4, 1e-5),
+        (0.1, 0.0),
+        chat=0.3,
+        wordings=4,
+        share_names=True,
+    ),
 )
 
 
@@ -123,8 +137,17 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         self.stage, self.step, self.total = state["stage"], state["step"], state["total"]
 
+    @torch.no_grad()
+    def share_names(self) -> None:
+        """Give each name the same embedding before punctuation as before a space: they are two tokens, one word."""
+        weight = self.model.model.embed_tokens.weight
+        for name in subject_names():
+            weight[self.vocabulary.one(name)] = weight[self.vocabulary.one(name + " ")]
+
     def one_step(self, stage: Stage) -> None:
         """Draw a batch from the step's own seed and follow the gradient; rates change linearly within a stage."""
+        if stage.share_names and self.step == 0:
+            self.share_names()
         part = self.step / stage.steps
         rate = _between(stage.rate, part) * min(1.0, (self.total + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
@@ -175,6 +198,7 @@ def train(args: argparse.Namespace) -> None:
                 if args.export_early:
                     export(run.model, run.tokenizer, args.out)
         run.stage, run.step = run.stage + 1, 0
+        run.save()
     export(run.model, run.tokenizer, args.out)
     print(f"wrote {args.out}; measure it with scripts/eval_demo_model.py", flush=True)
 

@@ -115,12 +115,12 @@ def stdout_is_for_results() -> Iterator[None]:
         os.close(kept)
 
 
-def quiet_engines(model: str, *, level: str = "ERROR") -> None:
+def quiet_engines(model: str) -> None:
     """Engines say errors only, and a model that is a folder needs no hub; the environment's own values stay.
 
     Call before an engine is imported.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -29,7 +29,7 @@ def serve(
     """Serve chat with retrieval over HTTP until Ctrl-C. Ready when GET /readyz says so."""
     settings = read_settings(config, host=host, port=port, data_dir=data_dir, model=model, engine=engine)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    quiet_engines(settings.model, level="WARNING")
+    quiet_engines(settings.model)
 
     from app.demo.load import for_demo, load_demo
     from app.server import run_server

@@ -16,6 +16,12 @@ class Attribute:
     questions: tuple[str, ...]
     values: tuple[str, ...]
 
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every way to ask: the questions in full, then two short ones."""
+        who = self.questions[0].split(" ", 1)[0]
+        return (*self.questions, f"{who} is the {self.name} of {{s}}?", f"{who} is {{s}}'s {self.name}?")
+
 
 def _join(starts: str, ends: str) -> tuple[str, ...]:
     return tuple(start + end for end in ends.split() for start in starts.split())

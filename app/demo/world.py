@@ -132,13 +132,15 @@ def make_documents(
     )
 
 
-def questions_of(documents: Sequence[WorldDocument], rng: random.Random) -> list[Question]:
-    """One question for every fact of every document, in document order; the wording is drawn from `rng`."""
+def questions_of(
+    documents: Sequence[WorldDocument], rng: random.Random, *, wordings: int | None = 2
+) -> list[Question]:
+    """One question for every fact of every document, in document order, in one of its first `wordings` wordings."""
     questions = []
     for index, document in enumerate(documents):
-        wordings = {a.name: a.questions for a in ATTRIBUTES[document.kind]}
+        asking = {a.name: a.wordings[:wordings] for a in ATTRIBUTES[document.kind]}
         for fact in document.facts:
-            text = rng.choice(wordings[fact.attribute]).format(s=document.subject)
+            text = rng.choice(asking[fact.attribute]).format(s=document.subject)
             task = TASKS[0] if fact.chunk == 0 else TASKS[1]
             questions.append(Question(text, fact.value, task, index, fact.chunk))
     return questions

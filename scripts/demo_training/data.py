@@ -41,6 +41,8 @@ class Stage:
     teacher: tuple[float, float]
     questions: int = 10
     chat: float = 0.0
+    wordings: int = 2
+    share_names: bool = False
 
 
 @dataclass
@@ -174,7 +176,7 @@ def training_batch(vocabulary: Vocabulary, stage: Stage, seed: int) -> "Batch":
         kind = None if rng.random() < 0.3 and documents > 3 else rng.choice(list(ATTRIBUTES))
         made = make_documents(rng, documents=documents, chunks=chunks, kind=kind, chunk_tokens=length)
         facts = [f for d in made for f in d.facts]
-        asked = list(zip(questions_of(made, rng), (f.attribute for f in facts), strict=True))
+        asked = list(zip(questions_of(made, rng, wordings=stage.wordings), (f.attribute for f in facts), strict=True))
         asked = rng.sample(asked, min(stage.questions, len(asked)))
         sequences.append(lay_out(vocabulary, made, asked, rng, rng.randint(0, gap) if gap else 0))
     while rng.random() < stage.chat:

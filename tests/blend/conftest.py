@@ -19,10 +19,6 @@ settings.register_profile("ragblend", deadline=None, suppress_health_check=[Heal
 settings.load_profile("ragblend")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")  # vLLM leaves one of zmq
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_model(kind) -> folder`` for a kind of ``KINDS``, or ``llama/no-system`` (a template without system)."""
