@@ -31,23 +31,64 @@ NO_FILLER = (0, 0)
 FILLED = (66, 124)
 WARM_UP = 100
 STAGES = (
-    Stage("short", 400, (2, 4), (2, 2), NO_FILLER, 8000, 0, (2e-3, 2e-3), (1.0, 0.81)),
-    Stage("longer", 200, (2, 6), (2, 3), FILLED, 10000, 300, (2e-3, 1.78e-3), (0.5, 0.41)),
-    Stage("settle", 400, (2, 4), (2, 3), FILLED, 6000, 800, (1.8e-3, 7.3e-4), (0.4, 0.17), chat=0.2),
-    Stage("long", 250, (2, 8), (2, 3), FILLED, 7000, 400, (7e-4, 1e-5), (0.15, 0.0), chat=0.3),
     Stage(
-        "wordings",
-        250,
-        (2, 6),
-        (2, 3),
-        FILLED,
-        6000,
-        400,
-        (5e-4, 1e-5),
-        (0.1, 0.0),
+        name="short",
+        steps=400,
+        documents=(2, 4),
+        chunks=(2, 2),
+        chunk_tokens=NO_FILLER,
+        rows=8000,
+        gap=0,
+        rate=(2e-3, 2e-3),
+        teacher=(1.0, 0.81),
+    ),
+    Stage(
+        name="longer",
+        steps=200,
+        documents=(2, 6),
+        chunks=(2, 3),
+        chunk_tokens=FILLED,
+        rows=10000,
+        gap=300,
+        rate=(2e-3, 1.78e-3),
+        teacher=(0.5, 0.41),
+    ),
+    Stage(
+        name="settle",
+        steps=400,
+        documents=(2, 4),
+        chunks=(2, 3),
+        chunk_tokens=FILLED,
+        rows=6000,
+        gap=800,
+        rate=(1.8e-3, 7.3e-4),
+        teacher=(0.4, 0.17),
+        chat=0.2,
+    ),
+    Stage(
+        name="long",
+        steps=250,
+        documents=(2, 8),
+        chunks=(2, 3),
+        chunk_tokens=FILLED,
+        rows=7000,
+        gap=400,
+        rate=(7e-4, 1e-5),
+        teacher=(0.15, 0.0),
+        chat=0.3,
+    ),
+    Stage(
+        name="wordings",
+        steps=250,
+        documents=(2, 6),
+        chunks=(2, 3),
+        chunk_tokens=FILLED,
+        rows=6000,
+        gap=400,
+        rate=(5e-4, 1e-5),
+        teacher=(0.1, 0.0),
         chat=0.3,
         wordings=4,
-        share_names=True,
     ),
 )
 
@@ -146,7 +187,7 @@ class Run:
 
     def one_step(self, stage: Stage) -> None:
         """Draw a batch from the step's own seed and follow the gradient; rates change linearly within a stage."""
-        if stage.share_names and self.step == 0:
+        if stage.wordings > 2 and self.step == 0:
             self.share_names()
         part = self.step / stage.steps
         rate = _between(stage.rate, part) * min(1.0, (self.total + 1) / WARM_UP)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,26 +66,11 @@ def precompute(
 async def _precompute(settings: Settings, seen: list[PrecomputeReport], **options: Any) -> None:
     from app.service import Service
 
-    with children_are_spared_ctrl_c():
-        service = await Service.open(settings, jobs=False)
+    service = await Service.open(settings, jobs=False)
     try:
         await run_with_meter(service, seen, **options)
     finally:
         await service.close()
-
-
-@contextmanager
-def children_are_spared_ctrl_c() -> Iterator[None]:
-    """Processes started inside inherit a blocked SIGINT: the terminal sends it to all, and only we know what to finish.
-
-    A Ctrl-C meanwhile arrives at the end.
-    """
-    resource_tracker.ensure_running()  # started later, it would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def run_with_meter(service: Service, seen: list[PrecomputeReport], **options: Any) -> None:

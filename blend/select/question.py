@@ -32,38 +32,27 @@ class Question:
         heads = head_rows(state, self.heads_per_chunk, state.budget // 2)
         if state.question_rows.numel() == 0:
             return Selection(heads)
-        _repair(state, torch.cat([state.loaded.missing_rows, heads]).unique())
-        scores = probe(state)
+        scores = probe(state, torch.cat([state.loaded.missing_rows, heads]).unique())
         return Selection(select_rows(scores, state.budget, forced=heads, eligible=eligible(state)))
 
 
-def probe(state: Blend) -> Tensor:
+def probe(state: Blend, repair: Tensor) -> Tensor:
     """[N] float32: attention mass of the question on each context row, summed over all layers.
 
-    The question attends to itself as well; those columns are dropped. The probe's own KV at the question's rows is
-    overwritten when the question runs again on the repaired cache.
+    The ``repair`` rows [M] int64 (missing ones must be among them) run in the same walk: a layer writes all its rows'
+    fresh KV before any row attends, so the question sees them repaired. The question attends to itself as well; those
+    columns are dropped, and the KV the probe leaves at the question's rows is overwritten when the question runs again.
     """
-    n = state.prompt.context_tokens
-    rows = state.question_rows
-    keys = torch.empty(int(rows[-1]) + 1, *state.loaded.k.shape[2:], dtype=state.loaded.k.dtype)
-    keys[n:] = 0
+    n, m = state.prompt.context_tokens, repair.numel()
+    question = state.question_rows
+    keys = torch.zeros(int(question[-1]) + 1, *state.loaded.k.shape[2:], dtype=state.loaded.k.dtype)
     mass = torch.zeros(keys.shape[0])
 
     def add(layer: int, seen: Observed) -> None:
         keys[:n] = state.loaded.k[layer]
-        keys[rows] = seen.k.cpu()
-        attention_mass(seen.q.cpu(), keys, rows, scale=state.model.scale, out=mass)
+        fresh = seen.k.cpu()
+        keys[repair], keys[question] = fresh[:m], fresh[m:]
+        attention_mass(seen.q[m:].cpu(), keys, question, scale=state.model.scale, out=mass)
 
-    state.walk(rows, watch=add)
+    state.walk(torch.cat([repair, question]), watch=add)
     return mass[:n]
-
-
-def _repair(state: Blend, rows: Tensor) -> None:
-    """Compute ``rows`` on the fused cache as it is, and remember their fresh K for the probe."""
-    if rows.numel() == 0:
-        return
-
-    def keep(layer: int, seen: Observed) -> None:
-        state.loaded.k[layer, rows] = seen.k.cpu()
-
-    state.walk(rows, watch=keep)

@@ -28,7 +28,12 @@ CHATS = ("Hello.", "Hi.", "Who are you?", "What can you do?", "Good morning.", "
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum; a step draws its shape from the ranges."""
+    """One stage of the curriculum; a step draws its shape from the ranges.
+
+    rows: about how many rows a batch has; gap: most positions left out between two chunks; rate, teacher: learning
+    rate and weight of the auxiliary losses at the start and at the end; questions: per context; chat: chance of
+    another plain chat in the batch; wordings: how many of the wordings of a question are used.
+    """
 
     name: str
     steps: int
@@ -42,7 +47,6 @@ class Stage:
     questions: int = 10
     chat: float = 0.0
     wordings: int = 2
-    share_names: bool = False
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The whole service on the demo model with each real engine: what a newcomer does, and what must hold for every answer."""
+"""The whole service on the demo model, on each real engine: a newcomer's path, and what every answer must hold."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import lmdb
 import pytest
+import torch
 
 from store import (
     ChunkKV,
@@ -35,9 +36,22 @@ FORK = multiprocessing.get_context("fork")
 TINY = 1 << 20
 
 
+def child_of(work: Callable[..., None], *args: Any) -> Any:
+    """A process, not yet started, that will do ``work``.
+
+    On one thread: a forked child has lost the threads of its parent's OpenMP pool and would wait for them for ever.
+    """
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        work(*args)
+
+    return FORK.Process(target=alone, daemon=True)
+
+
 def in_child(work: Callable[[], None]) -> int:
     """The exit code of ``work`` in another process."""
-    child = FORK.Process(target=work)
+    child = child_of(work)
     child.start()
     child.join(60)
     assert child.exitcode is not None
@@ -63,7 +77,7 @@ def test_a_killed_writer_leaves_every_entry_complete_or_absent(
     rng = random.Random()
     for _ in range(10):
         ready = FORK.Event()
-        child = FORK.Process(target=work, args=(ready,))
+        child = child_of(work, ready)
         child.start()
         assert ready.wait(30)
         time.sleep(rng.uniform(0, 0.2))
@@ -92,7 +106,7 @@ def test_a_reader_follows_a_writer_in_another_process_as_the_map_grows(
             store.put(chunk)
         store.close()
 
-    child = FORK.Process(target=write)
+    child = child_of(write)
     child.start()
     reader = LmdbStore(tmp_path / "kv", readonly=True, map_size=TINY)
     seen: set[int] = set()
@@ -123,7 +137,7 @@ def test_two_processes_write_at_once_and_both_maps_grow(tmp_path: Path, make_wit
             assert same(got, chunk) or got == Miss("never_precomputed")
         store.close()
 
-    children = [FORK.Process(target=write, args=(part,)) for part in (0, 1)]
+    children = [child_of(write, part) for part in (0, 1)]
     for child in children:
         child.start()
     for child in children:

@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import secrets
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +249,24 @@ async def _start(config: EngineConfig) -> Any:
             ),
             **options,
         )
-        return AsyncLLM.from_engine_args(args)
+        with _children_spared_ctrl_c():
+            return AsyncLLM.from_engine_args(args)
     except (ValueError, TypeError, RuntimeError, OSError) as e:
         raise EngineError(f"vLLM did not start with model {config.model!r}: {e}") from e
+
+
+@contextmanager
+def _children_spared_ctrl_c() -> Iterator[None]:
+    """Processes started inside inherit a blocked SIGINT: a terminal sends it to all, and only we know what to finish.
+
+    A Ctrl-C meanwhile arrives at the end.
+    """
+    resource_tracker.ensure_running()  # started later, it would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _translated(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
