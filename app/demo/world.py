@@ -132,9 +132,7 @@ def make_documents(
     )
 
 
-def questions_of(
-    documents: Sequence[WorldDocument], rng: random.Random, *, wordings: int | None = 2
-) -> list[Question]:
+def questions_of(documents: Sequence[WorldDocument], rng: random.Random, *, wordings: int | None = 3) -> list[Question]:
     """One question for every fact of every document, in document order, in one of its first `wordings` wordings."""
     questions = []
     for index, document in enumerate(documents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from tests.blend.tiny import KINDS, NO_SYSTEM_TEMPLATE, TEMPLATE, Truth, write_m
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("ragblend", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ragblend")
+
+
+QUICK = ("llama", "yarn", "phi3")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +74,14 @@ def engines(loop: Loop, tiny_model: Callable[[str], Path], tmp_path_factory: pyt
 
 
 def _pairs(*pairs: tuple[str, str]) -> list[Any]:
-    return [pytest.param(p, id="-".join(p), marks=[pytest.mark.vllm] if p[0] == "vllm" else []) for p in pairs]
+    """vLLM takes half a minute to start: all but the first few kinds of model are slow."""
+    found = []
+    for name, kind in pairs:
+        marks = [pytest.mark.vllm] if name == "vllm" else []
+        if name == "vllm" and kind not in QUICK:
+            marks.append(pytest.mark.slow)
+        found.append(pytest.param((name, kind), id=f"{name}-{kind}", marks=marks))
+    return found
 
 
 @pytest.fixture(params=_pairs(("transformers", "llama"), ("vllm", "llama")))
@@ -79,11 +90,9 @@ def engine(request: pytest.FixtureRequest, engines: Callable[[str, str], Served]
     return engines(*request.param)
 
 
-@pytest.fixture(
-    params=_pairs(*(("transformers", k) for k in KINDS), ("vllm", "llama"), ("vllm", "yarn"), ("vllm", "phi3"))
-)
+@pytest.fixture(params=_pairs(*itertools.product(("transformers", "vllm"), KINDS)))
 def any_engine(request: pytest.FixtureRequest, engines: Callable[[str, str], Served]) -> Served:
-    """Each engine, serving every kind of model (vLLM: a few)."""
+    """Each engine, serving every kind of model."""
     return engines(*request.param)
 
 

@@ -148,7 +148,9 @@ class Served:
 def open_served(loop: Loop, name: str, kind: str, folder: Path, store: Path | None, **config: Any) -> Served:
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
-    options = {"min_context_tokens": 64}
+    options: dict[str, Any] = {"min_context_tokens": 64}
+    if name == "vllm" and kind != "llama":
+        options["enforce_eager"] = True  # starts sooner; compiled is tested once
     settings = {"model": str(folder), "store": store, "dtype": "float32", "max_context": 2048, "kv_cache_gib": 0.25}
     engine = loop.run(open_engine(name, EngineConfig(**{**settings, "options": options, **config})))
     return Served(loop, engine, kind, folder)

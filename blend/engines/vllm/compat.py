@@ -15,7 +15,7 @@ from blend.errors import EngineError, UnsupportedModelError
 VERSION = "0.32.0"
 
 
-def prepare_environment(kv_cache_gib: float | None) -> str:
+def prepare_environment() -> str:
     """Set what vLLM reads from the environment (before it is imported) and return its version.
 
     No network at run time, no usage reports, the first model runner (its attention groups are what the walk builds its
@@ -34,10 +34,6 @@ def prepare_environment(kv_cache_gib: float | None) -> str:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-    if kv_cache_gib is not None:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
-    else:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     return version
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import secrets
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from blend.decide import decide, full_stats
 from blend.engines.base import EngineConfig, EngineInfo
-from blend.engines.vllm.compat import must_run_eagerly, prepare_environment
+from blend.engines.vllm.compat import prepare_environment
+from blend.engines.vllm.start import start
 from blend.engines.vllm.wire import pack_blend, pack_compile, unpack_stats
 from blend.errors import BlendError, EngineError, NonFiniteError, PromptTooLongError, UnsupportedModelError
 from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -30,7 +27,6 @@ from store.base import KVStore
 from store.errors import StoreFullError, StoreIOError
 from store.types import KVKey, KVLayout
 
-log = logging.getLogger(__name__)
 _HUNG_AFTER_S = 60.0
 _COMPILE_ERRORS = {e.__name__: e for e in (StoreFullError, StoreIOError, NonFiniteError)}
 _COMPILE_PRIORITY = 10  # higher is later: people's requests go first
@@ -57,8 +53,8 @@ class VllmEngine:
         hf = json.loads((folder / "config.json").read_text())
         check_supported(hf)
         rope = rope_from_config(hf, head_dim(hf))
-        version = prepare_environment(config.kv_cache_gib)
-        llm = await _start(config)
+        version = prepare_environment()
+        llm = start(config)
         try:
             vllm_config = llm.vllm_config
             layout = KVLayout(
@@ -188,6 +184,7 @@ class VllmEngine:
         if not self._llm.errored:
             await self._llm.collective_rpc("ragblend_close")
         self._llm.shutdown()
+        self._llm = None  # or its finaliser runs, and fails, when the interpreter ends
         if self._store is not None:
             self._store.close()
 
@@ -221,52 +218,6 @@ class VllmEngine:
             return replace(unpack_stats(wire), why=why)
         hit = full_stats(prompt, cached=prompt.context_tokens)
         return replace(hit, mode=mode, why="the same blended prompt was in the engine's prefix cache")
-
-
-async def _start(config: EngineConfig) -> Any:
-    """AsyncLLM with our connector and worker extension."""
-    from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    options = {k: v for k, v in (config.options or {}).items() if k != "min_context_tokens"}
-    if must_run_eagerly() and not options.get("enforce_eager"):
-        log.warning("no C++ compiler (g++) found: vLLM runs uncompiled, full prefill is about a tenth slower")
-        options["enforce_eager"] = True
-    try:
-        args = AsyncEngineArgs(
-            model=config.model,
-            dtype=config.dtype or "auto",
-            max_model_len=config.max_context,
-            seed=config.seed,
-            enable_prefix_caching=True,
-            scheduling_policy="priority",
-            worker_extension_cls="blend.engines.vllm.extension.BlendExtension",
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="BlendConnector",
-                kv_connector_module_path="blend.engines.vllm.connector",
-                kv_role="kv_both",
-            ),
-            **options,
-        )
-        with _children_spared_ctrl_c():
-            return AsyncLLM.from_engine_args(args)
-    except (ValueError, TypeError, RuntimeError, OSError) as e:
-        raise EngineError(f"vLLM did not start with model {config.model!r}: {e}") from e
-
-
-@contextmanager
-def _children_spared_ctrl_c() -> Iterator[None]:
-    """Processes started inside inherit a blocked SIGINT: a terminal sends it to all, and only we know what to finish.
-
-    A Ctrl-C meanwhile arrives at the end.
-    """
-    resource_tracker.ensure_running()  # started later, it would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _translated(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
