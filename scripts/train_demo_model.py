@@ -1,8 +1,8 @@
 """Train the demo model on the synthetic world and write it as a Hugging Face checkpoint.
 
 Three things make it learn in minutes on two cores: a head of a low layer is taught to look from pronouns and values
-to the subject's name, a head of a high layer from the answer row to the value (both taught by a loss on attention
-that fades out), and that high head starts as a copy. Without them accuracy stays at "attribute only" for long.
+to the subject's name, a head of a high layer from the answer row to the value (both by a loss on attention that fades
+out), and both heads start as copies. Filler and more documents come once short contexts are learned.
 """
 
 import argparse

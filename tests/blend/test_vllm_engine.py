@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blend.engines import EngineConfig, open_engine
@@ -17,7 +18,7 @@ from blend.errors import EngineError, PromptTooLongError, UnknownSelectorError, 
 from blend.types import BlendOptions, BlendStats, ChunkStats, CompileJob, Prompt, Segment
 from store import KVKey
 from store.errors import StoreIOError
-from tests.blend.served import Served
+from tests.blend.served import Loop, Served, open_served
 from tests.blend.tiny import sentence
 
 
@@ -150,3 +151,21 @@ def test_an_engine_without_progress_is_not_ready(served: Served) -> None:
     finally:
         engine._running, engine._progress = before
     served.loop.run(served.engine.check())
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_killed_engine_is_an_error_and_not_a_hang(loop: Loop, tiny_model: Callable[[str], Path]) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    served = open_served(loop, "vllm", "qwen3", tiny_model("qwen3"), None)
+    for child in set(psutil.Process().children(recursive=True)) - before:
+        if "VLLM" in child.name() or "EngineCore" in " ".join(child.cmdline()) + child.name():
+            child.kill()
+    prompt = served.prompt(served.document(*(sentence(i, 30) for i in range(3)), compiled=False))
+    with pytest.raises(EngineError):
+        served.ask(prompt, "full")
+    with pytest.raises(EngineError):
+        loop.run(served.engine.check())
+    loop.run(served.engine.stop())
+    with pytest.raises(EngineError, match="stopped"):
+        served.ask(prompt, "full")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ class VllmEngine:
         )
         async for _ in _translated(stream):
             self._progress = time.monotonic()
-        result = (await self._llm.collective_rpc("ragblend_result", args=(wire_id,)))[0]
+        result = await self._rpc("ragblend_result", wire_id)
         if result is None:
             raise EngineError(f"compile job {job.id} did not run")
         if "error" in result:
@@ -174,6 +175,8 @@ class VllmEngine:
     async def metrics(self) -> str:
         from prometheus_client import REGISTRY, generate_latest
 
+        if self._stopped:
+            return ""
         await self._llm.do_log_stats()
         return generate_latest(REGISTRY).decode()
 
@@ -181,14 +184,22 @@ class VllmEngine:
         if self._stopped:
             return
         self._stopped = True
-        if not self._llm.errored:
-            await self._llm.collective_rpc("ragblend_close")
-        self._llm.shutdown()
-        self._llm = None  # or its finaliser runs, and fails, when the interpreter ends
+        llm, self._llm = self._llm, None  # let go, or its finaliser runs, and fails, when the interpreter ends
+        if not llm.errored:
+            with suppress(EngineError), _ours():  # it may have died unseen; then there is nothing left to close
+                await llm.collective_rpc("ragblend_close")
+        llm.shutdown()
         if self._store is not None:
             self._store.close()
 
     # -- helpers --------------------------------------------------------------------------------------------------
+
+    async def _rpc(self, method: str, *args: Any) -> Any:
+        """Call our worker extension; there is one worker."""
+        if self._stopped:
+            raise EngineError("the engine is stopped")
+        with _ours():
+            return (await self._llm.collective_rpc(method, args=args))[0]
 
     def _admit(self, request: Request) -> None:
         if self._stopped:
@@ -207,13 +218,13 @@ class VllmEngine:
     async def _worker_contains(self, prompt: Prompt) -> Callable[[KVKey], bool]:
         """Look-up of the prompt's keys in a store that only the worker's memory holds."""
         keys = [s.key for s in prompt.segments if s.key is not None]
-        found = (await self._llm.collective_rpc("ragblend_contains", args=([k.hex for k in keys],)))[0]
+        found = await self._rpc("ragblend_contains", [k.hex for k in keys])
         return dict(zip(keys, found, strict=True)).__getitem__
 
     async def _stats(self, id: str, prompt: Prompt, mode: str, why: str | None, cached: int) -> BlendStats:
         if mode == "full":
             return full_stats(prompt, cached=min(cached, prompt.context_tokens), why=why)
-        wire = (await self._llm.collective_rpc("ragblend_result", args=(id,)))[0]
+        wire = await self._rpc("ragblend_result", id)
         if wire is not None:
             return replace(unpack_stats(wire), why=why)
         hit = full_stats(prompt, cached=prompt.context_tokens)
@@ -221,12 +232,19 @@ class VllmEngine:
 
 
 async def _translated(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """``stream`` with vLLM's errors as ours."""
+    with _ours():
+        async for output in stream:
+            yield output
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
     """vLLM's errors as ours, at the seam and only here."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     try:
-        async for output in stream:
-            yield output
+        yield
     except (EngineDeadError, EngineGenerateError) as e:
         raise EngineError(f"vLLM failed: {e}") from e
     except ValueError as e:
