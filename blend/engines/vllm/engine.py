@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -69,19 +70,18 @@ class VllmEngine:
             tokenizer = tokenizer_fingerprint(folder)
             if config.store is not None:
                 config.store.mkdir(parents=True, exist_ok=True)
-            errors = await llm.collective_rpc(
+            error = await _call(
+                llm,
                 "ragblend_attach",
-                args=(
-                    {**hf, "ragblend_tokenizer": tokenizer},
-                    head_dim(hf),
-                    dict(vars(layout)),
-                    str(config.store) if config.store else None,
-                    config.max_store_bytes,
-                ),
+                {**hf, "ragblend_tokenizer": tokenizer},
+                head_dim(hf),
+                dict(vars(layout)),
+                str(config.store) if config.store else None,
+                config.max_store_bytes,
             )
-            if errors[0]:
-                kind = UnsupportedModelError if "UnsupportedModelError" in errors[0] else EngineError
-                raise kind(errors[0].partition(": ")[2])
+            if error:
+                kind = UnsupportedModelError if error.startswith("UnsupportedModelError") else EngineError
+                raise kind(error.partition(": ")[2])
             info = EngineInfo(
                 name="vllm",
                 version=version,
@@ -185,9 +185,8 @@ class VllmEngine:
             return
         self._stopped = True
         llm, self._llm = self._llm, None  # let go, or its finaliser runs, and fails, when the interpreter ends
-        if not llm.errored:
-            with suppress(EngineError), _ours():  # it may have died unseen; then there is nothing left to close
-                await llm.collective_rpc("ragblend_close")
+        with suppress(EngineError):  # a dead engine has nothing left to close
+            await _call(llm, "ragblend_close")
         llm.shutdown()
         if self._store is not None:
             self._store.close()
@@ -198,8 +197,7 @@ class VllmEngine:
         """Call our worker extension; there is one worker."""
         if self._stopped:
             raise EngineError("the engine is stopped")
-        with _ours():
-            return (await self._llm.collective_rpc(method, args=args))[0]
+        return await _call(self._llm, method, *args)
 
     def _admit(self, request: Request) -> None:
         if self._stopped:
@@ -229,6 +227,17 @@ class VllmEngine:
             return replace(unpack_stats(wire), why=why)
         hit = full_stats(prompt, cached=prompt.context_tokens)
         return replace(hit, mode=mode, why="the same blended prompt was in the engine's prefix cache")
+
+
+async def _call(llm: Any, method: str, *args: Any) -> Any:
+    """One worker's answer to ``method``. vLLM forgets calls that wait when its core dies, so we look for ourselves."""
+    with _ours():
+        answer = asyncio.ensure_future(llm.collective_rpc(method, args=args))
+        while not (await asyncio.wait([answer], timeout=1.0))[0]:
+            if llm.errored:
+                answer.cancel()
+                raise EngineError(f"vLLM died: {llm.dead_error}")
+        return answer.result()[0]
 
 
 async def _translated(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
