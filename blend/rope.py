@@ -83,6 +83,10 @@ def check_tables(rope: Rope, positions: Tensor, cos: Tensor, sin: Tensor, tolera
     included). Raises ``UnsupportedModelError`` when any entry differs by more than ``tolerance``.
     """
     angle = positions.double()[:, None] * rope.inv_freq[None]
+    if cos.shape != angle.shape or sin.shape != angle.shape:
+        raise UnsupportedModelError(
+            f"the engine rotates {2 * cos.shape[-1]} dimensions of a head, the config says {rope.rotary_dim}"
+        )
     worst = max(
         float((cos.double() - angle.cos() * rope.attention_factor).abs().max()),
         float((sin.double() - angle.sin() * rope.attention_factor).abs().max()),

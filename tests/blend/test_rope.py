@@ -142,3 +142,11 @@ def test_a_model_whose_rotary_module_disagrees_with_its_config_does_not_start(
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", lambda self, x, position_ids: own(self, x, position_ids * 2))
     with pytest.raises(UnsupportedModelError, match="rotary tables differ"):
         reference("llama")
+
+
+def test_tables_of_another_width_are_refused() -> None:
+    rope = rope_from_config({"rope_theta": 10000.0}, 32)
+    positions = torch.arange(3)
+    narrow = torch.ones(3, 8)
+    with pytest.raises(UnsupportedModelError, match="16 dimensions of a head, the config says 32"):
+        check_tables(rope, positions, narrow, narrow, 1e-3)

@@ -102,7 +102,9 @@ def _config(kind: str, vocab: int) -> transformers.PretrainedConfig:
         return transformers.Phi3Config(**shape)
     if kind == "mistral":
         return transformers.MistralConfig(**shape, sliding_window=None)
-    return {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind](**shape)
+    if kind == "qwen2":  # its heads always divide the hidden size; vLLM does not read its head_dim
+        return transformers.Qwen2Config(**shape | {"hidden_size": 128})
+    return transformers.Qwen3Config(**shape)
 
 
 def write_model(folder: Path, kind: str, template: str = TEMPLATE) -> Path:

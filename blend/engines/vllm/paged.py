@@ -57,7 +57,21 @@ class Worker:
                 f"attention kernel blocks of {blocks.block_size} rows in cache blocks of {self.block_size} rows "
                 "are not supported"
             )
+        self._check_heads()
         self._check_rope()
+
+    def _check_heads(self) -> None:
+        """vLLM's model must have the heads the config tells of: some of its models do not read ``head_dim``."""
+        for a in self.attentions:
+            if (a.num_kv_heads, a.head_size, a.head_size_v) != (
+                self.layout.heads,
+                self.layout.head_dim,
+                self.layout.head_dim,
+            ):
+                raise UnsupportedModelError(
+                    f"config fields num_key_value_heads, head_dim say {self.layout.heads} x {self.layout.head_dim}, "
+                    f"vLLM's model has {a.num_kv_heads} x {a.head_size} (values {a.head_size_v})"
+                )
 
     def _check_rope(self) -> None:
         """Compare our angles with the cos|sin table the model multiplies by (an independent computation)."""
