@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import secrets
@@ -96,7 +97,9 @@ class VllmEngine:
         except BaseException:
             llm.shutdown()
             raise
-        return cls(llm, info, store, int((config.options or {}).get("min_context_tokens", 64)))
+        engine = cls(llm, info, store, int((config.options or {}).get("min_context_tokens", 64)))
+        del llm  # asyncio keeps this frame alive; see stop()
+        return engine
 
     @property
     def info(self) -> EngineInfo:
@@ -184,10 +187,12 @@ class VllmEngine:
         if self._stopped:
             return
         self._stopped = True
-        llm, self._llm = self._llm, None  # let go, or its finaliser runs, and fails, when the interpreter ends
+        llm, self._llm = self._llm, None
         with suppress(EngineError):  # a dead engine has nothing left to close
             await _call(llm, "ragblend_close")
         llm.shutdown()
+        del llm
+        gc.collect()  # left to the interpreter's end, its finaliser would fail there, loudly
         if self._store is not None:
             self._store.close()
 
