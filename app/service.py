@@ -170,7 +170,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         kv_cache_gib=settings.kv_cache_gib,
         max_store_bytes=None if limit is None else int(limit * 2**30),
         device=settings.device,
-        options={"min_context_tokens": settings.blend.min_context_tokens},
+        options={**settings.engine_options, "min_context_tokens": settings.blend.min_context_tokens},
     )
 
 

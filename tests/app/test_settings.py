@@ -113,3 +113,12 @@ def test_the_tenant_salt_is_made_once_and_only_for_its_owner(tmp_path: Path) -> 
     file.write_bytes(b"short")
     with pytest.raises(StartError, match="holds 5 bytes"):
         tenant_salt(tmp_path)
+
+
+def test_the_engines_own_arguments_pass_through_and_nothing_else_does(tmp_path: Path) -> None:
+    file = tmp_path / "ragblend.yaml"
+    file.write_text("engine_options: {gpu_memory_utilization: 0.8, compilation_config: {level: 3}}\n")
+    assert load_settings(file).engine_options == {"gpu_memory_utilization": 0.8, "compilation_config": {"level": 3}}
+    file.write_text("engine_option: {gpu_memory_utilization: 0.8}\n")
+    with pytest.raises(SettingsError, match="did you mean engine_options"):
+        load_settings(file)

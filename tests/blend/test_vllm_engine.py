@@ -48,6 +48,13 @@ async def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         await open_engine("vllm", EngineConfig(str(tmp_path), None))
 
 
+@pytest.mark.vllm
+async def test_an_argument_vllm_does_not_know_or_that_is_ours_is_an_error(tiny_model: Callable[[str], Path]) -> None:
+    for name in ("no_such_argument", "kv_transfer_config"):
+        with pytest.raises(EngineError, match=name):
+            await open_engine("vllm", EngineConfig(str(tiny_model("llama")), None, options={name: 1}))
+
+
 async def test_an_unknown_engine_shows_the_choices() -> None:
     with pytest.raises(EngineError, match="auto, vllm, transformers"):
         await open_engine("tensorrt", EngineConfig("x", None))
