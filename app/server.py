@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -67,12 +69,30 @@ Prepare = Callable[[Service], Awaitable[None]]
 def run_server(settings: Settings, *, prepare: Prepare | None = None) -> None:
     """Serve until SIGINT or SIGTERM; ``prepare`` runs before the first request is taken. Raises ``StartError`` and what
     ``Service.open`` raises."""
-    asyncio.run(serve(settings, prepare=prepare))
+    with suppress(asyncio.CancelledError):  # a signal while it was still starting
+        asyncio.run(serve(settings, prepare=prepare))
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to ``serve``: uvicorn raises them again when it is done, and SIGTERM would end the process
+    before the engine's own processes are stopped."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()
 
 
 async def serve(settings: Settings, *, prepare: Prepare | None = None) -> None:
     """Bind first (a taken port is known before a model is loaded), open the service, serve, close."""
-    with _bound(settings.host, settings.port) as listener:
+    starting = asyncio.current_task()
+    server: _Server | None = None
+
+    def stop() -> None:
+        if server is not None:
+            server.should_exit, server.force_exit = True, server.should_exit  # the second signal does not wait
+        elif starting is not None:
+            starting.cancel()
+
+    with _on_signals(stop), _bound(settings.host, settings.port) as listener:
         service = await Service.open(settings)
         try:
             if prepare is not None:
@@ -81,12 +101,28 @@ async def serve(settings: Settings, *, prepare: Prepare | None = None) -> None:
                 create_app(service), timeout_graceful_shutdown=GRACE_S, log_level="info", access_log=False,
                 server_header=False, lifespan="off",
             )  # fmt: skip
-            server = uvicorn.Server(config)
+            server = _Server(config)
             host, port = listener.getsockname()[:2]
             log.info("serving %s on http://%s:%s", settings.served_name, f"[{host}]" if ":" in host else host, port)
             await server.serve(sockets=[listener])
         finally:
             await service.close()
+
+
+@contextmanager
+def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` on SIGINT and SIGTERM."""
+    loop = asyncio.get_running_loop()
+    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is told of signals
+        numbers = ()
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def _bound(host: str, port: int) -> socket.socket:

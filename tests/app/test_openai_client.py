@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -185,3 +189,21 @@ def test_half_a_request_takes_nothing(live: Live, client: openai.OpenAI) -> None
     assert (
         client.chat.completions.create(model="trivial:default", messages=QUESTION).choices[0].message.content == ANSWER
     )
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_server_in_order(tmp_path: Path) -> None:
+    """It answers until then, and exits with 0: uvicorn alone would die of the signal, its engine not stopped."""
+    model = Path(__file__).parents[2] / "models" / "demo"
+    arguments = ["--engine", "transformers", "--model", model, "--data-dir", tmp_path, "--port", "0"]
+    environment = os.environ | {"RAGBLEND_EMBEDDER": "hash"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from app.cli import main; main()", "serve", *arguments],
+        cwd=model.parents[1], env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stderr is not None
+    address = next(line.split()[-1] for line in server.stderr if " on http://" in line)
+    assert httpx.get(address + "/livez").status_code == 200
+    server.terminate()
+    assert server.wait(20) == 0
+    server.stderr.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +179,36 @@ def test_a_killed_engine_is_an_error_and_not_a_hang(loop: Loop, tiny_model: Call
     loop.run(served.engine.stop())
     with pytest.raises(EngineError, match="stopped"):
         served.ask(prompt, "full")
+
+
+_HOLD = """
+import asyncio, sys
+from blend.engines import EngineConfig, open_engine
+
+async def main():
+    await open_engine("vllm", EngineConfig(sys.argv[1], None, kv_cache_gib=0.25, options={"enforce_eager": True}))
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_killed_front_end_leaves_no_process_behind(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    script = tmp_path / "hold.py"
+    script.write_text(_HOLD)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    holder = subprocess.Popen([sys.executable, script, tiny_model("llama")], stdout=subprocess.PIPE, env=environment)
+    assert holder.stdout is not None
+    assert b"ready\n" in iter(holder.stdout.readline, b"")  # vLLM logs there too
+    children = psutil.Process(holder.pid).children(recursive=True)
+    engine = [c for c in children if c.name().startswith("VLLM")]
+    assert len(engine) >= 2, children
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    _, alive = psutil.wait_procs(engine, timeout=10)
+    assert alive == []

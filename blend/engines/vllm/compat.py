@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import multiprocessing
 import os
 import shutil
+import signal
 from typing import Any
 
 from blend.errors import EngineError, UnsupportedModelError
 
 VERSION = "0.32.0"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def prepare_environment() -> str:
@@ -35,6 +39,17 @@ def prepare_environment() -> str:
     }.items():
         os.environ.setdefault(name, value)
     return version
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that ends.
+
+    vLLM 0.32's engine core and worker outlive a front end that is killed, and go on holding memory and the store.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def must_run_eagerly() -> bool:

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from blend.engines.vllm.compat import die_with_parent
 from blend.engines.vllm.wire import pack_stats, unpack_blend, unpack_compile
 from blend.errors import NonFiniteError
 from blend.method import blend, compile_into
@@ -54,6 +55,7 @@ class BlendConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        die_with_parent()  # the scheduler side lives in vLLM's engine core, the worker side in its worker
         self._pending: list[Load] = []
         self.worker: Worker | None = None
         self.store: KVStore | None = None
