@@ -32,10 +32,7 @@ def examples(**world: object) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    path = MODEL / "tokenizer.json"
-    if not path.exists():
-        pytest.skip("models/demo is missing: run scripts/train_demo_model.py")
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
 def test_a_seed_always_gives_the_same_example() -> None:
