@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export VENV
 BIN := $(VENV)/bin
 
-.PHONY: help setup serve test check format bench quality lock clean
+.PHONY: help setup serve test check format bench quality certify lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -38,6 +38,10 @@ bench: setup ## time to first token of full prefill, reuse and blending on a syn
 
 quality: setup ## answers of the demo model under full prefill, reuse and each selector
 	$(BIN)/ragblend eval quality
+
+certify: setup ## prove the demo model anew, in the dtype of each engine (auto blends certified models only)
+	$(BIN)/ragblend certify --engine transformers --dtype float32 --into-model --data-dir $(DATA_DIR)
+	$(BIN)/ragblend certify --engine auto --dtype bfloat16 --into-model --data-dir $(DATA_DIR)
 
 lock: ## resolve requirements/*.txt anew (needs uv)
 	@scripts/lock.sh

@@ -57,7 +57,19 @@ class Chat:
         self.stats: BlendStats | None = None
         self.cached: int | None = None
         self.ttft_ms: float | None = None
-        self.generation = Generation(service.engine, call.requests, service.settings.limits.request_s)
+        self.watch = service.guard.watch(call)
+        requests = call.requests if self.watch is None else (self.watch.request, *call.requests[1:])
+        self.generation = Generation(service.engine, requests, service.settings.limits.request_s)
+
+    def watched(self, index: int, delta: Delta) -> Delta:
+        """``delta`` as the client asked for it, after the guard has seen it."""
+        if self.watch is None or index != 0:
+            return delta
+        was_ready = self.watch.ready
+        delta = self.watch.take(delta)
+        if self.watch.ready and not was_ready:
+            self.service.guard.offer(self.watch)
+        return delta
 
     def take(self, index: int, delta: Delta) -> str:
         """Account for a delta of answer ``index``; returns the text that can be shown now."""
@@ -102,7 +114,7 @@ async def complete(service: Service, body: ChatRequest) -> dict[str, Any]:
             return await _dry_run(service, chat)
         async with chat.generation as deltas:
             async for index, delta in deltas:
-                chat.take(index, delta)
+                chat.take(index, chat.watched(index, delta))
         if chat.unfinished():
             raise EngineError("the engine ended an answer without a reason")
         choices = [
@@ -141,6 +153,7 @@ async def stream(service: Service, body: ChatRequest) -> AsyncGenerator[dict[str
         started: set[int] = set()
         async with chat.generation as deltas:
             async for index, delta in deltas:
+                delta = chat.watched(index, delta)
                 shown = chat.take(index, delta)
                 if index not in started:
                     first = base | {"choices": [_piece(index, {"role": "assistant", "content": ""})]}

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from app.bench.machine import cpu_flags, cpu_name, memory_gib, version_of
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from blend.certificate import Certificate
+    from blend.errors import CertificateError
 
 State = Literal["ok", "warn", "fail"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +37,20 @@ class Check:
 def diagnose(settings: Settings) -> list[Check]:
     """All checks, in the order in which to mend things. None of them changes anything or needs a network."""
     found: list[Check] = []
-    for check in (_python, _packages, _lock, _torch, _vllm, _processor, _model, _embedder, _data, _store):
+    for check in (
+        _python,
+        _packages,
+        _lock,
+        _torch,
+        _vllm,
+        _processor,
+        _model,
+        _certificate,
+        _embedder,
+        _data,
+        _store,
+        _guard,
+    ):
         try:
             found += check(settings)
         except Exception as e:  # a broken environment breaks in any way it likes; the other checks still help
@@ -158,6 +175,43 @@ def _model(settings: Settings) -> Iterator[Check]:
         yield Check("chat template", "fail", "the tokenizer has none", f"add {folder / 'chat_template.jinja'}")
 
 
+def _certificate(settings: Settings) -> Iterator[Check]:
+    """Of the served model, in the dtype that is set, else in each one it has a certificate for."""
+    from app.certify.lookup import compiled_behind, find_all
+    from blend.errors import BlendError
+
+    if not (Path(settings.model) / "config.json").is_file():
+        return
+    advice = f"ragblend certify --model {settings.model}"
+    try:
+        found = find_all(settings.data_dir, settings.model, compiled_behind(settings.compile), settings.dtype)
+    except BlendError:  # a model that cannot be served: the check above has told
+        return
+    if not found:
+        which = f"in {settings.dtype} " if settings.dtype else ""
+        detail = f"{settings.model} is not certified {which}for compile context {compiled_behind(settings.compile)}"
+        yield Check("certificate", "warn", f"{detail}: auto prefills in full", advice)
+    for dtype, one in found.items():
+        state, detail = _read_certificate(one)
+        advice = "" if state == "ok" else f"ragblend certify --model {settings.model} --dtype {dtype}"
+        yield Check("certificate", state, f"{dtype}: {detail}", advice)
+
+
+def _read_certificate(found: Certificate | CertificateError) -> tuple[State, str]:
+    from blend.errors import CertificateError
+
+    if isinstance(found, CertificateError):
+        return "warn", str(found)
+    if not found.passed:
+        return "warn", f"not passed: {'; '.join(found.reasons)} ({found.file})"
+    detail = f"auto blends with {found.selector} at ratio {found.ratio:g} ({found.file})"
+    installed = version_of(found.engine) or version_of(f"{found.engine}-cpu")
+    if installed == found.engine_version:
+        return "ok", detail
+    there = f"{found.engine} {found.engine_version}"
+    return "warn", f"{detail}; measured on {there}, installed is {installed or 'none'}"
+
+
 def _embedder(settings: Settings) -> Iterator[Check]:
     name = settings.embedder
     packaged = version_of(name)
@@ -199,3 +253,20 @@ def _store(settings: Settings) -> Iterator[Check]:
     yield Check(
         "store", "ok", f"{stats.entries} chunks, {stats.bytes / 2**30:.3f} GiB; ragblend cache verify checks them"
     )
+
+
+def _guard(settings: Settings) -> Iterator[Check]:
+    from app.errors import StartError
+    from app.guard.state import read_state
+
+    try:
+        state = read_state(settings.data_dir)
+    except StartError as e:
+        yield Check("guard", "fail", str(e), "ragblend serve does not start with it")
+        return
+    raised = sorted(name for name, level in state.collections.items() if level.ratio > 0) if state else []
+    if raised:
+        shown = ", ".join(raised[:4]) + (f" and {len(raised) - 4} more" if len(raised) > 4 else "")
+        yield Check("guard", "warn", f"recomputed more than asked for: {shown}", "ragblend guard ls says why")
+    else:
+        yield Check("guard", "ok", "every collection is served as asked")

@@ -60,6 +60,10 @@ class JobNotFoundError(AppError):
     """No such job."""
 
 
+class NotGuardedError(AppError):
+    """The guard has compared no answer of this collection."""
+
+
 class UnauthorizedError(AppError):
     """No API key, or a wrong one."""
 
@@ -120,6 +124,7 @@ TABLE: dict[type[BaseException], Shape] = {
     UnauthorizedError: Shape(401, _BAD, "invalid_api_key"),
     ModelNotFoundError: Shape(404, _BAD, "model_not_found", param="model"),
     JobNotFoundError: Shape(404, _BAD, "job_not_found"),
+    NotGuardedError: Shape(404, _BAD, "collection_not_found"),
     retriever.UnknownCollectionError: Shape(404, _BAD, "collection_not_found"),
     retriever.UnknownDocumentError: Shape(404, _BAD, "file_not_found"),
     BodyTooLargeError: Shape(413, _BAD, "body_too_large"),

@@ -73,6 +73,7 @@ class Ingester:
     async def ingest(self, job: Job, changed: Callable[[], None]) -> None:
         """Bring ``job`` to ``searchable``, or to ``failed`` if none of its documents could be."""
         await asyncio.to_thread(self._ingest, job, changed)
+        await self._precomputer.sweep()
         for d in job.documents:
             self._metrics.documents.labels(d.status).inc()
         bad = [d for d in job.documents if d.error is not None]
@@ -100,6 +101,7 @@ class Ingester:
 
         report = await self._precomputer.run(documents, progress=tell)
         job.progress = {}
+        job.cascaded = report.cascaded
         if report.error is not None:
             job.state = "searchable"
             message = f"the documents can be asked about; their KV was not all stored: {report.error}"

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from app.errors import BadRequestError, ModelNotFoundError, UnsupportedParameterError
 from app.rag import Grounding, Query, RequestDocument
 from app.schema.chat import NOT_SUPPORTED, REFUSED, ChatRequest, Message, RagDocument, RagRequest
-from blend.select import NAMES
+from blend.certificate import Certificate
+from blend.decide import settle
+from blend.select import open_selector
 from blend.types import BlendOptions, Prompt, Request, Sampling
 from retriever.search import Mode
 
@@ -34,7 +36,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {  # values that ask for nothing we lack
 
 @dataclass(frozen=True)
 class Call:
-    """One chat call, ready for the engine. ``grounding`` is ``None`` without retrieval."""
+    """One chat call, ready for the engine. ``grounding`` is ``None`` without retrieval; ``guarded`` says why the guard
+    wants more recomputation than was asked for, if it does."""
 
     id: str
     begin: float
@@ -44,6 +47,7 @@ class Call:
     prompt: Prompt
     grounding: Grounding | None
     blend: BlendOptions
+    guarded: str | None
     requests: tuple[Request, ...]
 
     @property
@@ -74,20 +78,23 @@ async def prepare(service: Service, body: ChatRequest) -> Call:
     messages = [_plain_message(m, i) for i, m in enumerate(body.messages)]
     query = make_query(body.rag, collection, settings)
     grounding: Grounding | None = None
+    guarded: str | None = None
     if query is None:
         blend = BlendOptions(mode="full")
         prompt = await asyncio.to_thread(service.rag.plain, messages, max_tokens)
     else:
-        blend = _blend_options(body.rag, settings)
+        blend = _blend_options(body.rag, settings, service.engine.certificate)
+        open_selector(blend.selector, layers=service.engine.info.layout.layers)
         grounding = await asyncio.to_thread(service.rag.ground, messages, query, max_tokens)
         prompt = grounding.prompt
+        blend, guarded = service.guard.adjust(blend, grounding.collections)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     requests = tuple(
         Request(f"{call_id}-{i}", prompt, _sampling(body, max_tokens, i), blend, service.tenant_salt)
         for i in range(body.n or 1)
     )
     question = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
-    return Call(call_id, begin, int(time.time()), body, question, prompt, grounding, blend, requests)
+    return Call(call_id, begin, int(time.time()), body, question, prompt, grounding, blend, guarded, requests)
 
 
 def resolve_model(name: str, served: str) -> str | None:
@@ -159,20 +166,12 @@ def _document(document: RagDocument, index: int) -> RequestDocument:
     return RequestDocument(name, title if isinstance(title, str) else name, text)
 
 
-def _blend_options(rag: RagRequest | None, settings: Settings) -> BlendOptions:
+def _blend_options(rag: RagRequest | None, settings: Settings, certificate: Certificate | None) -> BlendOptions:
     asked, default = rag.blend if rag else None, settings.blend
     selector = (asked.selector if asked else None) or default.selector
-    if selector not in NAMES:
-        raise BadRequestError(
-            f"selector {selector[:100]!r} is unknown; choose one of {', '.join(NAMES)}",
-            param="rag.blend.selector",
-        )
     ratio = asked.recompute_ratio if asked else None
-    return BlendOptions(
-        mode=(asked.mode if asked else None) or default.mode,
-        selector=selector,
-        recompute_ratio=default.recompute_ratio if ratio is None else ratio,
-    )
+    mode = (asked.mode if asked else None) or default.mode
+    return settle(mode, selector, default.recompute_ratio if ratio is None else ratio, certificate)
 
 
 def _check_limits(body: ChatRequest, limits: Limits) -> None:

@@ -64,6 +64,7 @@ class Job:
     documents: list[DocumentResult] = field(default_factory=list)
     progress: dict[str, Any] = field(default_factory=dict)
     last_error: dict[str, str] | None = None
+    cascaded: int = 0  # chunks compiled again because a neighbour of theirs was deleted or changed
     created_at: float = field(default_factory=time.time)
     finished_at: float | None = None
 
@@ -82,6 +83,7 @@ class Job:
             "counts": counts,
             "progress": self.progress or None,
             "last_error": self.last_error,
+            "cascaded": self.cascaded,
         }
 
 

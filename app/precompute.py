@@ -9,12 +9,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from app.errors import SettingsError
 from app.rag import References
+from app.sweep import sweep, sweep_overtaken
 from app.traffic import Traffic
 from blend.engines import Engine
 from blend.errors import NonFiniteError, PromptTooLongError
 from blend.types import CompileJob, CompileResult
-from retriever.errors import UnknownDocumentError
+from retriever.errors import UnknownCollectionError, UnknownDocumentError
+from retriever.retriever import Retriever
 from retriever.types import DocumentInfo
 from store.errors import StoreError, StoreFullError
 
@@ -29,11 +32,16 @@ log = logging.getLogger(__name__)
 @dataclass
 class PrecomputeReport:
     """Chunks ``done`` now, ``skipped`` (the store has them), ``failed``; payload ``bytes`` written, ``tokens`` run
-    through the model (contexts included). ``stopped`` says why it ended early, if it did."""
+    through the model (contexts included). ``stopped`` says why it ended early, if it did.
+
+    ``cascaded``: chunks that got new neighbours because one of theirs was deleted or changed, and are therefore
+    compiled again, whichever document they are of. ``removed``: stored chunks that were stale and are deleted."""
 
     done: int = 0
     skipped: int = 0
     failed: int = 0
+    cascaded: int = 0
+    removed: int = 0
     bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -46,6 +54,9 @@ class PrecomputeReport:
         return self.done + self.skipped + self.failed
 
 
+_Work = tuple[DocumentInfo, frozenset[str] | None]
+"""A document to compile, and the ids of its chunks that are meant; ``None``: all."""
+
 Progress = Callable[[PrecomputeReport, int], None]
 """Called after every pass with the report so far (it goes on changing) and the number of chunks in all."""
 
@@ -55,6 +66,7 @@ async def precompute(
     *,
     collection: str | None = None,
     only_missing: bool = True,
+    refresh_neighbours: bool = False,
     max_gib: float | None = None,
     progress: Progress | None = None,
 ) -> PrecomputeReport:
@@ -62,54 +74,117 @@ async def precompute(
 
     Resumable: with ``only_missing`` what the store has is skipped. Interruptible: when cancelled, the running pass is
     finished, then ``CancelledError`` is raised; ``progress`` has seen the report. ``max_gib`` bounds what is written.
-    A full store ends the run with ``stopped`` set. Raises ``UnknownCollectionError``, ``EngineError``.
+    A full store ends the run with ``stopped`` set. ``refresh_neighbours`` searches every chunk's neighbours again
+    before. Raises ``UnknownCollectionError``, ``EngineError``; ``SettingsError`` for ``refresh_neighbours`` in another
+    compile context.
     """
     documents = await asyncio.to_thread(service.retriever.documents, collection)
-    return await service.precomputer.run(documents, only_missing=only_missing, max_gib=max_gib, progress=progress)
+    return await service.precomputer.run(
+        documents,
+        only_missing=only_missing,
+        refresh_neighbours=refresh_neighbours,
+        max_gib=max_gib,
+        progress=progress,
+    )
 
 
 class Precomputer:
-    """Runs compile passes one at a time, and each only when no chat request is waiting."""
+    """Runs compile passes one at a time, and each only when no chat request is waiting.
 
-    def __init__(self, engine: Engine, references: References, traffic: Traffic) -> None:
-        self._engine, self._references, self._traffic = engine, references, traffic
+    ``neighbours``: how many a chunk gets in the compile context ``neighbours``.
+    """
+
+    def __init__(
+        self, engine: Engine, retriever: Retriever, references: References, traffic: Traffic, *, neighbours: int
+    ) -> None:
+        self._engine, self._retriever, self._references, self._traffic = engine, retriever, references, traffic
+        self._neighbours = neighbours
         self._one = asyncio.Lock()
+
+    async def sweep(self) -> int:
+        """Delete the stored KV that is stale; how many entries that were. What cannot be deleted now is logged, and
+        tried again by the next sweep."""
+        return await self._deleted(sweep, self._retriever, self._references, self._engine.store)
 
     async def run(
         self,
         documents: Sequence[DocumentInfo],
         *,
         only_missing: bool = True,
+        refresh_neighbours: bool = False,
         max_gib: float | None = None,
         progress: Progress | None = None,
     ) -> PrecomputeReport:
-        """See ``precompute``."""
+        """See ``precompute``. Chunks of other documents that lost a neighbour are compiled too."""
+        if refresh_neighbours and self._references.keys.context != "neighbours":
+            raise SettingsError(
+                f"compile.context is {self._references.keys.context}, so there are no neighbours to refresh; set it to "
+                "neighbours"
+            )
         report, begin = PrecomputeReport(), time.perf_counter()
-        total = sum(d.chunks for d in documents)
         async with self._one:
             if (job := await asyncio.to_thread(self._prefix_job)) is not None:
                 await self._passes([job], report, None, lambda: None)
                 report = PrecomputeReport(
                     bytes=report.bytes, tokens=report.tokens, stopped=report.stopped, error=report.error
                 )
+            work = await asyncio.to_thread(self._work, documents, report, refresh_neighbours)
+            report.removed = await self.sweep()
+            total = sum(d.chunks if only is None else len(only) for d, only in work)
 
             def tell() -> None:
                 report.seconds = time.perf_counter() - begin
                 if progress is not None:
                     progress(report, total)
 
-            for document in documents:
+            for document, only in work:
                 if report.stopped:
                     break
                 try:
-                    jobs, present = await asyncio.to_thread(self._jobs, document, only_missing)
+                    jobs, present = await asyncio.to_thread(self._jobs, document, only, only_missing)
                 except UnknownDocumentError:
                     continue  # deleted meanwhile
                 report.skipped += present
                 tell()
-                await self._passes(jobs, report, max_gib, tell)
+                try:
+                    await self._passes(jobs, report, max_gib, tell)
+                finally:
+                    report.removed += await self._deleted(
+                        sweep_overtaken, self._references, self._engine.store, document, jobs
+                    )
             tell()
         return report
+
+    async def _deleted(self, delete: Callable[..., int], *what: Any) -> int:
+        try:
+            return await asyncio.to_thread(delete, *what)
+        except StoreError as e:
+            log.error("stale KV could not be deleted: %s", e)
+            return 0
+
+    def _work(self, documents: Sequence[DocumentInfo], report: PrecomputeReport, refresh: bool) -> list[_Work]:
+        """``documents``, and chunks of others whose neighbours had been taken back; all have neighbours then."""
+        work: list[_Work] = [(document, None) for document in documents]
+        if self._references.keys.context != "neighbours":
+            return work
+        for collection in dict.fromkeys(d.collection for d in documents):
+            given = {d.id for d in documents if d.collection == collection}
+            try:
+                found = self._retriever.assign_neighbours(
+                    collection, self._neighbours, documents=given, refresh=refresh
+                )
+            except UnknownCollectionError:
+                continue  # deleted meanwhile
+            again = sum(len(chunks) for chunks in found.again.values())
+            if found.changed:
+                log.info(
+                    "collection %s: %d chunks have new neighbours, %d of them because one was deleted or changed",
+                    collection, found.changed, again,
+                )  # fmt: skip
+            report.cascaded += again
+            if others := found.again.keys() - given:
+                work += [(d, found.again[d.id]) for d in self._retriever.documents(collection) if d.id in others]
+        return work
 
     async def _passes(
         self,
@@ -144,12 +219,17 @@ class Precomputer:
         job = self._references.keys.prefix_job()
         return None if self._engine.store.contains(job.keys[0]) else job
 
-    def _jobs(self, document: DocumentInfo, only_missing: bool) -> tuple[list[CompileJob], int]:
-        """Passes for ``document``, and how many of its chunks no pass touches."""
+    def _jobs(
+        self, document: DocumentInfo, only: frozenset[str] | None, only_missing: bool
+    ) -> tuple[list[CompileJob], int]:
+        """Passes for ``document``, and how many of the chunks that are meant no pass touches."""
         refs = self._references.of(document)
-        wanted = [not (only_missing and self._engine.store.contains(r.key)) for r in refs]
+        meant = [only is None or r.name in only for r in refs]
+        wanted = [
+            m and not (only_missing and self._engine.store.contains(r.key)) for r, m in zip(refs, meant, strict=True)
+        ]
         jobs = self._references.keys.jobs(refs, wanted)
-        return jobs, len(refs) - sum(len(j.chunks) for j in jobs)
+        return jobs, sum(meant) - sum(len(j.chunks) for j in jobs)
 
 
 async def _finished(passing: Coroutine[Any, Any, CompileResult]) -> CompileResult:

@@ -17,9 +17,10 @@ from blend.keys import KeyMaker
 from blend.prompt import ChunkRef, PromptLayout, TemplateError
 from blend.types import Prompt
 from retriever.embed import Embedder, Vectors
+from retriever.errors import UnknownDocumentError
 from retriever.retriever import Retriever
 from retriever.search import Mode
-from retriever.types import DocumentInfo, Hit
+from retriever.types import DocumentInfo, Hit, Neighbourhood
 
 Messages = Sequence[Mapping[str, Any]]
 _spent: ContextVar[list[float] | None] = ContextVar("ragblend_embedding_seconds", default=None)
@@ -100,44 +101,58 @@ class Grounding:
     def passages(self) -> tuple[Passage, ...]:
         return tuple(r.passage for r in self.results)
 
+    @property
+    def collections(self) -> tuple[str, ...]:
+        """Collections that the passages come from, by name."""
+        return tuple(sorted({r.collection for r in self.results if r.collection is not None}))
+
 
 class References:
     """Store addresses of documents' chunks. The last used documents are kept, up to ``limit`` chunks in all.
 
-    A key depends on the chunks before it, so a whole document is tokenised to address one of its chunks.
+    A key depends on the chunks it is compiled behind, so a whole document is tokenised to address one of its chunks
+    and, in the compile context ``neighbours``, its neighbours too. A chunk whose neighbours are not assigned yet is
+    addressed behind the prefix alone.
     """
 
     def __init__(self, retriever: Retriever, layout: PromptLayout, keys: KeyMaker, *, limit: int = 65536) -> None:
         self._retriever, self._layout, self.keys = retriever, layout, keys
         self._limit, self._held = limit, 0
-        self._known: OrderedDict[tuple[str, ...], list[ChunkRef]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, int], list[ChunkRef]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, document: DocumentInfo, *, fresh: bool = False) -> list[ChunkRef]:
-        """References of all chunks of ``document`` in reading order; ``fresh`` reads them again."""
-        version = (
-            document.collection,
-            document.id,
-            document.sha256,
-            str(document.chunks),
-            str(document.characters),
-        )
+    def of(self, document: DocumentInfo) -> list[ChunkRef]:
+        """References of all chunks that ``document`` has now, in reading order. Raises ``UnknownDocumentError``.
+
+        Now: whatever changed since ``document`` was read, the catalogue is asked, and no address of an earlier version
+        of it or of its chunks' neighbours is returned.
+        """
+        version = self._retriever.version(document.id, document.collection)
         with self._lock:
-            if fresh:
-                self._held -= len(self._known.pop(version, ()))
-            elif (refs := self._known.get(version)) is not None:
+            if (refs := self._known.get(version)) is not None:
                 self._known.move_to_end(version)
                 return refs
-        chunks = self._retriever.chunks(document.id, collection=document.collection)
-        ids = [self._layout.chunk_ids(c.text) for c in chunks]
-        refs = self.keys.document([c.id for c in chunks], ids)
+        found = self._retriever.neighbourhood(document.id, document.collection)
+        refs = self._refs(found)
         with self._lock:
-            if version not in self._known:
-                self._known[version] = refs
-                self._held += len(refs)
+            if found.version not in self._known:
+                self._known[found.version] = refs
+                self._held += _size(refs)
             while self._held > self._limit and len(self._known) > 1:
-                self._held -= len(self._known.popitem(last=False)[1])
+                self._held -= _size(self._known.popitem(last=False)[1])
         return refs
+
+    def _refs(self, found: Neighbourhood) -> list[ChunkRef]:
+        names = [c.id for c in found.chunks]
+        ids = [self._layout.chunk_ids(c.text) for c in found.chunks]
+        if self.keys.context != "neighbours":
+            return self.keys.document(names, ids)
+        known = dict(zip(names, ids, strict=True))
+        for chunk in {c.id: c for near in found.neighbours for c in near}.values():
+            if chunk.id not in known:
+                known[chunk.id] = self._layout.chunk_ids(chunk.text)
+        # Kept nearest first, compiled nearest last: right before the chunk.
+        return self.keys.document(names, ids, [[known[c.id] for c in reversed(near)] for near in found.neighbours])
 
     def alone(self, name: str, text: str) -> ChunkRef:
         """Reference of a text that belongs to no stored document: compiled behind the prefix only."""
@@ -217,10 +232,11 @@ class Rag:
 
     def _stored(self, hit: Hit) -> Retrieved:
         chunk, document = hit.chunk, hit.document
-        ref = _named(self._references.of(document), chunk.id)
-        if ref is None:  # cut into other chunks since it was last used, or replaced since the search a moment ago
-            ref = _named(self._references.of(document, fresh=True), chunk.id)
-        if ref is None:  # its text is still a right answer
+        try:
+            ref = _named(self._references.of(document), chunk.id)
+        except UnknownDocumentError:
+            ref = None
+        if ref is None:  # deleted or replaced since the search a moment ago; its text is still a right answer
             ref = self._references.alone(chunk.id, chunk.text)
         passage = Passage(
             chunk.id,
@@ -241,6 +257,11 @@ class Rag:
 
 def _named(refs: Sequence[ChunkRef], name: str) -> ChunkRef | None:
     return next((r for r in refs if r.name == name), None)
+
+
+def _size(refs: Sequence[ChunkRef]) -> int:
+    """Chunks whose token ids are kept."""
+    return sum(1 + len(r.behind) for r in refs)
 
 
 def _fit(found: Sequence[Retrieved], room: int) -> tuple[list[Retrieved], list[Retrieved]]:

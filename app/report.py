@@ -40,7 +40,7 @@ def rag_report(call: Call, stats: BlendStats | None, ttft_ms: float | None) -> R
         timings |= {"kv_load": round(stats.load_s * 1000, 3), "blend": round(stats.blend_s * 1000, 3)}
     if ttft_ms is not None:
         timings["ttft"] = ttft_ms
-    rag = Rag(timings_ms=timings, cache=_cache(stats) if stats else None)
+    rag = Rag(timings_ms=timings, cache=_cache(stats, call.guarded) if stats else None)
     if call.body.rag is None or call.body.rag.include_results:
         rag.results = [_result(r) for r in call.grounding.results]
         rag.dropped = [_result(r) for r in call.grounding.dropped]
@@ -103,15 +103,16 @@ def _token(text: str, value: float) -> dict[str, Any]:
     return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
 
 
-def _cache(stats: BlendStats) -> Cache:
+def _cache(stats: BlendStats, guarded: str | None) -> Cache:
     return Cache(
         mode=stats.mode,
-        why=stats.why,
+        why="; ".join(w for w in (guarded, stats.why) if w) or None,
         selector=stats.selector,
         tokens=stats.tokens,
         reused=stats.reused,
         recomputed=stats.recomputed,
         missing=stats.missing,
+        computed_share=round(stats.computed_share, 6),
         chunks=[
             CacheChunk(
                 chunk_id=c.name,

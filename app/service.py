@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.certify.lookup import certificate_for_service, compiled_behind
 from app.errors import StartError
+from app.guard.guard import Guard
 from app.ingest import Ingester
 from app.jobs import JobRecords, Jobs
 from app.metrics import Metrics
@@ -20,8 +22,10 @@ from app.rag import Rag, References, TimedEmbedder
 from app.settings import Settings
 from app.traffic import Traffic
 from blend.engines import Engine, EngineConfig, open_engine
+from blend.errors import UnknownSelectorError
 from blend.keys import KeyMaker
 from blend.prompt import CHUNK_END, PromptLayout
+from blend.select import open_selector
 from retriever.embed import Embedder, open_embedder
 from retriever.retriever import Retriever
 
@@ -61,6 +65,10 @@ class Service:
         tenant_salt: bytes,
     ) -> None:
         info = engine.info
+        try:
+            open_selector(settings.blend.selector, layers=info.layout.layers)
+        except UnknownSelectorError as e:
+            raise StartError(f"blend.selector cannot be used: {e}") from e
         self.settings, self.engine, self.layout = settings, engine, layout
         self.retriever, self.tenant_salt = retriever, tenant_salt
         self.keys = KeyMaker(
@@ -75,7 +83,13 @@ class Service:
         self.traffic = Traffic(settings.limits.requests)
         self.references = References(retriever, layout, self.keys)
         self.rag = Rag(retriever, layout, self.references, info.max_context)
-        self.precomputer = Precomputer(engine, self.references, self.traffic)
+        self.precomputer = Precomputer(
+            engine, retriever, self.references, self.traffic, neighbours=settings.compile.neighbours
+        )
+        self.guard = Guard(
+            engine, settings.guard, self.traffic, self.metrics, folder=settings.data_dir,
+            timeout_s=settings.limits.request_s,
+        )  # fmt: skip
         self.jobs: Jobs | None = None
 
     @classmethod
@@ -89,7 +103,8 @@ class Service:
         jobs: bool = True,
     ) -> Service:
         """Start every part. ``engine`` (closed with the service), ``tokenizer`` and ``embedder`` may be given;
-        ``jobs=False`` leaves ingest and precompute to the caller. Raises ``StartError`` and the rooms' own errors."""
+        ``jobs=False`` leaves ingest and precompute to the caller and compares no answers. Raises ``StartError`` and
+        the rooms' own errors."""
         if engine is None or tokenizer is None:
             _check_model(settings.model)
         try:
@@ -107,9 +122,14 @@ class Service:
             if embedder is None:
                 embedder = await asyncio.to_thread(open_embedder, settings.embedder)
             retriever = await asyncio.to_thread(_open_retriever, settings, TimedEmbedder(embedder), layout)
+            if engine.certificate is None:
+                engine.certificate = await asyncio.to_thread(
+                    certificate_for_service, settings.data_dir, engine.info, compiled_behind(settings.compile)
+                )
             service = cls(settings, engine, layout, retriever, salt)
             if jobs:
                 service._start_jobs()
+                service.guard.start()
             return service
         except BaseException:
             if retriever is not None:
@@ -119,6 +139,7 @@ class Service:
 
     async def close(self) -> None:
         """Stop taking work, finish the running compile pass, close every part. May be called twice."""
+        await self.guard.close()
         jobs, self.jobs = self.jobs, None
         if jobs is not None:
             await jobs.close()
@@ -199,10 +220,18 @@ def _open_retriever(settings: Settings, embedder: Embedder, layout: PromptLayout
 
 
 def _budget(settings: Settings, room: int, layout: PromptLayout) -> int:
-    """Document tokens of one compile pass. Raises ``StartError`` if not even one chunk fits."""
+    """Document tokens of one compile pass. Raises ``StartError`` if not even one chunk fits, with its neighbours."""
     chunk = settings.chunk_tokens + len(layout.chunk_ids(CHUNK_END))
     if chunk >= room:
         raise StartError(
             f"chunk_tokens {settings.chunk_tokens} does not fit the model: it leaves {room} tokens for documents"
         )
-    return min(max(settings.compile.budget, chunk), room - 1)
+    budget = min(max(settings.compile.budget, chunk), room - 1)
+    near = settings.compile.neighbours
+    if settings.compile.context == "neighbours" and (near + 1) * chunk > budget:
+        raise StartError(
+            f"a chunk of {chunk} tokens behind compile.neighbours {near} needs {(near + 1) * chunk} tokens; "
+            f"compile.budget {settings.compile.budget} and the model leave {budget}: set fewer neighbours, smaller "
+            "chunk_tokens or a larger budget"
+        )
+    return budget

@@ -32,18 +32,27 @@ class _Part(BaseModel):
 
 
 class CompileSettings(_Part):
-    """What a chunk is compiled behind, and the most document tokens one pass holds."""
+    """What a chunk is compiled behind, and the most document tokens one pass holds.
 
-    context: Literal["document", "prefix"] = "document"
+    ``context``: ``prefix`` (our instruction alone), ``document`` (then the chunks before it in its document) or
+    ``neighbours`` (then the ``neighbours`` chunks of its collection most like it). The last is opt-in: whoever may put
+    a document into a collection can write one that becomes a neighbour, and so influence answers from other documents
+    of that collection; never those of another collection or tenant.
+    """
+
+    context: Literal["document", "prefix", "neighbours"] = "document"
     budget: _Positive = 4096
+    neighbours: int = Field(3, ge=1, le=16)
 
 
 class BlendSettings(_Part):
-    """Defaults of ``rag.blend``. ``min_context_tokens``: below it ``auto`` prefills the prompt as usual."""
+    """Defaults of ``rag.blend``. Selector ``auto`` and no ``recompute_ratio`` are those of the model's certificate,
+    0.1 without one. ``min_context_tokens``: below it ``auto`` prefills the prompt as usual.
+    """
 
     mode: Literal["auto", "blend", "reuse", "full"] = "auto"
     selector: str = "auto"
-    recompute_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    recompute_ratio: float | None = Field(None, ge=0.0, le=1.0)
     min_context_tokens: int = Field(64, ge=0)
 
 
@@ -70,6 +79,34 @@ class Limits(_Part):
     request_s: float = Field(300, gt=0)
     requests: _Positive = 256
     jobs: _Positive = 64
+
+
+class GuardSettings(_Part):
+    """The online guard. ``share``: of the blended answers, so many are compared with full prefill (0: none).
+
+    A collection of whose last ``window`` comparisons (``least`` at least) fewer than ``floor`` agree is blended with
+    the next ratio of ``ladder``, and after its last one prefilled in full. After ``recover_after_s`` one step back is
+    tried (0: never). ``tokens``: how many first tokens of a greedy answer are compared; a sampled answer agrees when
+    its first token's KL is at most ``max_kl`` nats. ``max_pending``: comparisons that may wait; more are dropped.
+    """
+
+    share: float = Field(0.02, ge=0.0, le=1.0)
+    floor: float = Field(0.9, ge=0.0, le=1.0)
+    window: _Positive = 50
+    least: _Positive = 20
+    ladder: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.1, 0.25)
+    recover_after_s: float = Field(3600, ge=0.0)
+    tokens: _Positive = 16
+    max_kl: float = Field(0.1, gt=0.0)
+    max_pending: _Positive = 32
+
+    @model_validator(mode="after")
+    def _a_window_that_can_be_filled_and_rungs_that_rise(self) -> GuardSettings:
+        if self.least > self.window:
+            raise ValueError(f"least is {self.least}, more than the window of {self.window} holds")
+        if list(self.ladder) != sorted(set(self.ladder)):
+            raise ValueError(f"ladder {list(self.ladder)} must rise")
+        return self
 
 
 class StoreSettings(_Part):
@@ -105,6 +142,7 @@ class Settings(BaseSettings):
     retrieval: RetrievalSettings = RetrievalSettings()
     limits: Limits = Limits()
     store: StoreSettings = StoreSettings()
+    guard: GuardSettings = GuardSettings()
     precompute_on_ingest: bool = True
     strict: bool = False
 
@@ -241,9 +279,9 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    name, message = ".".join(str(part) for part in error["loc"]), str(error["msg"]).removeprefix("Value error, ")
     if not name:
-        return str(error["msg"]).removeprefix("Value error, ")
+        return message
     if name.startswith("api_key"):
-        return f"{name}: {error['msg']}"  # never the value
-    return f"{name}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}"
+        return f"{name}: {message}"  # never the value
+    return f"{name}: {message[:1].lower()}{message[1:]}, not {error['input']!r}"

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from blend.certificate import Certificate
 from blend.decide import decide, full_stats
 from blend.engines.base import EngineInfo
-from blend.errors import EngineError, PromptTooLongError, UnknownSelectorError
-from blend.select import NAMES
+from blend.errors import EngineError, PromptTooLongError
+from blend.select import open_selector
 from blend.types import (
     BlendOptions,
     BlendStats,
@@ -69,11 +70,19 @@ class ByteTokenizer:
 
 
 class TrivialEngine:
-    """An ``Engine`` over ``store``. ``delay_s``: pause before each piece of an answer (0: only yields to the loop)."""
+    """An ``Engine`` over ``store``. ``delay_s``: pause before each piece of an answer (0: only yields to the loop).
 
-    def __init__(self, store: KVStore, *, max_context: int = 32768, delay_s: float = 0.0) -> None:
+    ``faithful_ratio``: an answer of whose context a smaller share is computed afresh comes out backwards, as if the
+    blend had gone wrong, for tests of what watches over answers. Requests never wait: priorities change nothing.
+    """
+
+    def __init__(
+        self, store: KVStore, *, max_context: int = 32768, delay_s: float = 0.0, faithful_ratio: float = 0.0
+    ) -> None:
         self.store = store
+        self.certificate: Certificate | None = None
         self.delay_s = delay_s
+        self.faithful_ratio = faithful_ratio
         self.running: set[str] = set()
         self.tokenizer = ByteTokenizer()
         self._stopped = False
@@ -102,9 +111,13 @@ class TrivialEngine:
             )
         self.running.add(request.id)
         try:
-            stats: BlendStats | None = self._blend(request.prompt, request.blend)
-            cached = stats.reused if stats else None
-            text, finish = _cut(self._answer(request.prompt), request.sampling)
+            blended = self._blend(request.prompt, request.blend)
+            stats: BlendStats | None = blended
+            cached: int | None = blended.reused
+            answer = self._answer(request.prompt)
+            if blended.mode != "full" and blended.tokens - blended.reused < self.faithful_ratio * blended.tokens:
+                answer = answer[::-1]
+            text, finish = _cut(answer, request.sampling)
             for piece in _PIECES.findall(text):
                 await asyncio.sleep(self.delay_s)
                 yield self._delta(piece, request.sampling, stats, cached)
@@ -138,9 +151,8 @@ class TrivialEngine:
 
     def _blend(self, prompt: Prompt, options: BlendOptions) -> BlendStats:
         """Look up every context segment and count its rows; the first ``ratio`` of what was found is "recomputed"."""
-        if options.selector not in NAMES:
-            raise UnknownSelectorError(f"selector {options.selector!r} is unknown; choose one of {', '.join(NAMES)}")
-        mode, why = decide(prompt, options, self.store.contains)
+        open_selector(options.selector, layers=LAYOUT.layers)
+        mode, why = decide(prompt, options, self.store.contains, certificate=self.certificate)
         if mode == "full":
             return full_stats(prompt, why=why)
         ratio = 0.0 if mode == "reuse" else options.recompute_ratio
@@ -157,12 +169,14 @@ class TrivialEngine:
                 raise EngineError(f"the store served foreign KV for segment {s.name}")
             again = round(ratio * s.tokens)
             chunks.append(ChunkStats(s.name, s.tokens, s.tokens - again, again, 0, tier=self.store.tier))
+        reused, tokens = sum(c.reused for c in chunks), prompt.context_tokens
         return BlendStats(
             mode=mode,
-            tokens=prompt.context_tokens,
-            reused=sum(c.reused for c in chunks),
+            tokens=tokens,
+            reused=reused,
             recomputed=sum(c.recomputed for c in chunks),
             missing=sum(c.missing for c in chunks),
+            computed_share=(tokens - reused) / tokens,
             load_s=time.perf_counter() - begin,
             selector=options.selector,
             why=why,

@@ -19,6 +19,10 @@ class NonFiniteError(BlendError):
     """A chunk compiled to NaN or infinity (float16 overflows, say); it is not stored: it would poison other rows."""
 
 
+class CertificateError(BlendError):
+    """A certificate cannot be read or is for something else; the message names the file and both values."""
+
+
 class EngineError(BlendError):
     """The engine failed or is not running."""
 

@@ -1,8 +1,14 @@
 """Keys and compile jobs: which context each chunk of a document is compiled behind.
 
-The context is always ours: the canonical prefix, then (``document``) the chunks before it in the same document up to a
-token budget. It never holds a user's text, so nobody can write into another answer's KV (HijackKV, arXiv 2607.19957).
-The context's hash is part of the key, so an edited earlier chunk gives the later ones new keys.
+The context is always ours: the canonical prefix, then up to a token budget (``document``) the chunks before it in the
+same document or (``neighbours``) the chunks most like it. It never holds a user's text, so nobody can write into
+another answer's KV (HijackKV, arXiv 2607.19957). The context's hash is part of the key, so an edited chunk in front
+gives the later ones new keys.
+
+``neighbours`` is FusionRAG's offline stage (arXiv 2601.12904) with one change: FusionRAG prefills a chunk over the
+neighbours' KVs as each was compiled alone, laid side by side; here the neighbours are prefilled causally in the chunk's
+own pass, so the second has read the first. Only the chunk's rows are kept. Whoever can write a document that becomes a
+neighbour writes into the chunk's KV, so the caller takes neighbours from one trust domain: one tenant, one collection.
 """
 
 from __future__ import annotations
@@ -16,14 +22,15 @@ from blend.types import CompileJob
 from store.key import context_hash, make_key, source_of
 from store.types import KVKey, KVLayout
 
-CompileContext = Literal["prefix", "document"]
+CompileContext = Literal["prefix", "document", "neighbours"]
+_Chunks = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class KeyMaker:
     """Makes keys and jobs for one model, tokenizer, tenant and canonical ``prefix``.
 
-    ``context`` is ``prefix`` or ``document``; ``budget`` the most document tokens (chunk included) one pass holds.
+    ``budget`` is the most document tokens (chunk included) one pass holds.
     """
 
     layout: KVLayout
@@ -35,15 +42,31 @@ class KeyMaker:
 
     def prefix_ref(self) -> ChunkRef:
         """The canonical prefix itself: compiled behind nothing, at position 0, so its KV is exact."""
-        return ChunkRef("prefix", self.prefix, self._key((), self.prefix), self._source("\0prefix"))
+        return ChunkRef("prefix", self.prefix, self._key((), self.prefix), self.source("\0prefix"))
 
-    def document(self, names: Sequence[str], chunks: Sequence[tuple[int, ...]]) -> list[ChunkRef]:
-        """References of a document's chunks, in reading order. ``names`` are chunk ids, ``chunks`` token ids."""
+    def document(
+        self, names: Sequence[str], chunks: _Chunks, neighbours: Sequence[_Chunks] | None = None
+    ) -> list[ChunkRef]:
+        """References of a document's chunks, in reading order. ``names`` are chunk ids, ``chunks`` token ids.
+
+        ``neighbours[i]`` are the chunks to stand in front of chunk i, the nearest last; the first ones are left out
+        until the rest and chunk i fit the budget. Only context ``neighbours`` reads them, and it needs them: raises
+        ``ValueError`` unless there is one (maybe empty) list for each chunk.
+        """
         refs: list[ChunkRef] = []
+        if self.context == "neighbours":
+            if neighbours is None or len(neighbours) != len(chunks):
+                given = "none" if neighbours is None else str(len(neighbours))
+                raise ValueError(f"context neighbours needs a list for each of the {len(chunks)} chunks; {given} given")
+            for name, chunk, near in zip(names, chunks, neighbours, strict=True):
+                behind = self._fitting(near, chunk)
+                key = self._key(self.prefix + _join(behind), chunk)
+                refs.append(ChunkRef(name, chunk, key, self.source(name), behind))
+            return refs
         for start, stop in self._windows(chunks):
             before: tuple[int, ...] = self.prefix + _join(chunks[start : len(refs)])
             for i in range(len(refs), stop):
-                refs.append(ChunkRef(names[i], chunks[i], self._key(before, chunks[i]), self._source(names[i])))
+                refs.append(ChunkRef(names[i], chunks[i], self._key(before, chunks[i]), self.source(names[i])))
                 before = self.prefix if self.context == "prefix" else before + chunks[i]
         return refs
 
@@ -59,7 +82,8 @@ class KeyMaker:
             if not todo:
                 continue
             first, last = todo[0], todo[-1]
-            head = () if self.context == "prefix" else _join(chunks[start:first])
+            # No chunk has both: ``behind`` is empty unless the context is ``neighbours``, whose windows hold one chunk.
+            head = _join(chunks[start:first]) + _join(refs[first].behind)
             group = refs[first : last + 1]
             jobs.append(
                 CompileJob(
@@ -72,17 +96,21 @@ class KeyMaker:
             )
         return jobs
 
+    def source(self, name: str) -> bytes:
+        """What names chunk ``name`` in the store, whatever it was compiled behind and by which model."""
+        return source_of(self.tenant_salt, name)
+
     def prefix_job(self) -> CompileJob:
         ref = self.prefix_ref()
         return CompileJob(ref.key.hex[:16], (), (ref.token_ids,), (ref.key,), (ref.source,))
 
-    def _windows(self, chunks: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    def _windows(self, chunks: _Chunks) -> list[tuple[int, int]]:
         """``(start, stop)``: chunks ``.. stop`` of one pass, whose context begins at chunk ``start``.
 
-        ``prefix`` context: one chunk a pass. ``document``: as many as fit the budget; the next window keeps the
-        second half of the budget as context, so no chunk but the first ones lacks at least half a budget of it.
+        ``document`` context: as many chunks as fit the budget; the next window keeps the second half of the budget as
+        context, so no chunk but the first ones lacks at least half a budget of it. Otherwise one chunk a pass.
         """
-        if self.context == "prefix":
+        if self.context != "document":
             return [(i, i + 1) for i in range(len(chunks))]
         windows: list[tuple[int, int]] = []
         start = stop = 0
@@ -99,6 +127,15 @@ class KeyMaker:
                 kept += len(chunks[start])
         return windows
 
+    def _fitting(self, near: _Chunks, chunk: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The last of ``near`` that fit the budget together with ``chunk``."""
+        room = self.budget - len(chunk)
+        first = len(near)
+        while first > 0 and len(near[first - 1]) <= room:
+            first -= 1
+            room -= len(near[first])
+        return tuple(near[first:])
+
     def _key(self, before: tuple[int, ...], token_ids: tuple[int, ...]) -> KVKey:
         return make_key(
             layout=self.layout,
@@ -108,9 +145,6 @@ class KeyMaker:
             token_ids=token_ids,
         )
 
-    def _source(self, name: str) -> bytes:
-        return source_of(self.tenant_salt, name)
 
-
-def _join(chunks: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _join(chunks: _Chunks) -> tuple[int, ...]:
     return tuple(t for c in chunks for t in c)

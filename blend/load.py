@@ -65,14 +65,21 @@ def load(model: BlendModel, prompt: Prompt, store: KVStore, *, tokenizer: str, c
         k[:, part] = rotate(chunk.k, delta, rope.inv_freq.float(), interleaved=rope.interleaved) if delta else chunk.k
         v[:, part] = chunk.v
         present[part] = True
-    rows = present.nonzero().flatten()
-    rows = rows[rows >= computed]
-    if rows.numel():
-        whole = rows.numel() == n
-        for layer in range(lay.layers):
-            model.write_kv(layer, rows, k[layer] if whole else k[layer, rows], v[layer] if whole else v[layer, rows])
     missing = (~present).nonzero().flatten()
-    return Loaded(k, v, present, tuple(found), missing[missing >= computed])
+    loaded = Loaded(k, v, present, tuple(found), missing[missing >= computed])
+    rows = present.nonzero().flatten()
+    write(model, loaded, rows[rows >= computed])
+    return loaded
+
+
+def write(model: BlendModel, loaded: Loaded, rows: Tensor) -> None:
+    """Put our copy of the KV of ``rows`` [R] int64 into the engine's cache."""
+    if not rows.numel():
+        return
+    whole = rows.numel() == loaded.present.numel()
+    for layer in range(model.layout.layers):
+        k, v = loaded.k[layer], loaded.v[layer]
+        model.write_kv(layer, rows, k if whole else k[rows], v if whole else v[rows])
 
 
 def _fetch(store: KVStore, segment: Segment, layout: KVLayout, ids: tuple[int, ...], tokenizer: str) -> ChunkKV | Miss:

@@ -40,6 +40,7 @@ class Blend:
     stop: int
     budget: int
     ids: Tensor = field(init=False)
+    row_layers: int = field(init=False, default=0)  # context rows x layers run through the model so far
 
     def __post_init__(self) -> None:
         self.ids = torch.tensor(self.prompt.token_ids, dtype=torch.int64)
@@ -50,8 +51,13 @@ class Blend:
         return torch.arange(max(self.prompt.context_tokens, self.computed), self.stop)
 
     def walk(self, rows: Tensor, *, first: int = 0, last: int | None = None, hidden: Tensor | None = None,
-             watch: Watch | None = None) -> Tensor:  # fmt: skip
-        """Run ``rows`` through layers ``first .. last - 1``, from ``hidden`` or their embeddings; returns hidden."""
+             watch: Watch | None = None, counted: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Run ``rows`` through layers ``first .. last - 1``, from ``hidden`` or their embeddings; returns hidden.
+
+        ``counted``: which of the rows stand for context rows, if not those below N (``row_layers``).
+        """
+        context = int((rows < self.prompt.context_tokens).sum()) if counted is None else counted.numel()
+        self.row_layers += context * ((self.model.layout.layers if last is None else last) - first)
         return walk(self.model, self.ids, rows, first=first, last=last, hidden=hidden, watch=watch)
 
 
@@ -77,13 +83,15 @@ def blend(model: BlendModel, prompt: Prompt, options: BlendOptions, store: KVSto
     n = prompt.context_tokens
     ratio = 0.0 if options.mode == "reuse" else options.recompute_ratio
     budget = n if ratio >= 1.0 else int(ratio * n)
-    selector = open_selector("all" if budget >= n else "none" if ratio == 0.0 else options.selector)
+    selector = open_selector(options.selector, layers=model.layout.layers)
+    if budget >= n or ratio == 0.0:
+        selector = open_selector("all" if budget >= n else "none")
     begin = time.perf_counter()
     loaded = load(model, prompt, store, tokenizer=tokenizer, computed=computed)
     after_load = time.perf_counter()
     state = Blend(model, prompt, loaded, computed, len(prompt.token_ids) if stop is None else stop, budget)
     chosen = selector.select(state)
-    _recompute(state, chosen)
+    recompute(state, chosen)
     done = time.perf_counter()
     return _account(state, chosen.rows, options, selector.name, after_load - begin, done - after_load)
 
@@ -124,10 +132,10 @@ def compile_into(model: BlendModel, job: CompileJob, store: KVStore, *, tokenize
     return written
 
 
-def _recompute(state: Blend, chosen: Selection) -> None:
+def recompute(state: Blend, chosen: Selection) -> None:
     """Missing rows, chosen rows and the question through the layers, together and in order."""
     rows = torch.cat([state.loaded.missing_rows, chosen.rows, state.question_rows]).unique()
-    if rows.numel() == 0:
+    if rows.numel() == 0 or chosen.layer == state.model.layout.layers:
         return
     hidden = None
     if chosen.hidden is not None:  # a selector that walked every row hands over where it stopped
@@ -172,4 +180,5 @@ def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, l
         blend_s=blend_s,
         selector=selector,
         chunks=tuple(chunks),
+        computed_share=state.row_layers / (n * state.model.layout.layers) if n else 0.0,
     )

@@ -32,12 +32,16 @@ class TemplateError(BlendError):
 
 @dataclass(frozen=True)
 class ChunkRef:
-    """One chunk ready for a prompt: the caller's ``name``, its ids, and where its KV is stored."""
+    """One chunk ready for a prompt: the caller's ``name``, its ids, and where its KV is stored.
+
+    ``behind``: the neighbours it is compiled behind, the nearest last; only in the compile context ``neighbours``.
+    """
 
     name: str
     token_ids: tuple[int, ...]
     key: KVKey
     source: bytes
+    behind: tuple[tuple[int, ...], ...] = ()
 
 
 class PromptLayout:

@@ -95,7 +95,9 @@ class BlendStats:
     """Accounting of one request; ``reused + recomputed + missing == tokens`` (invariant 6).
 
     ``mode`` is what was done (``blend``, ``reuse`` or ``full``) and ``why`` one phrase when ``auto`` decided.
-    Missing rows are computed too, but were never in the store.
+    Missing rows are computed too, but were never in the store. A row is ``recomputed`` if a selector chose it.
+    ``computed_share``: context rows x layers run through the model, over all there are, the cost against full prefill.
+    Check layers, rows left half way and second rounds count; above 1 if rows ran twice.
     """
 
     mode: str
@@ -108,6 +110,7 @@ class BlendStats:
     selector: str | None = None
     why: str | None = None
     chunks: tuple[ChunkStats, ...] = ()
+    computed_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reused + self.recomputed + self.missing != self.tokens:
@@ -160,7 +163,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation. ``tenant_salt`` (32 secret bytes) separates tenants in every cache."""
+    """One generation. ``tenant_salt`` (32 secret bytes) separates tenants in every cache.
+
+    ``priority``: where requests wait for the engine, lower numbers go first.
+    """
 
     id: str
     prompt: Prompt
@@ -168,6 +174,7 @@ class Request:
     blend: BlendOptions
     tenant_salt: bytes
     extra: dict[str, Any] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retriever import keywords
+from retriever import keywords, neighbours
 from retriever.database import Database, claim
 from retriever.errors import IndexMismatchError, UnknownCollectionError
 from retriever.types import Chunk, CollectionInfo, Document, DocumentInfo
@@ -94,6 +94,7 @@ class Catalogue:
         with self.database.write() as sql:
             row = _collection(sql, name)
             keywords.drop(sql, row.pk)
+            neighbours.release_collection(sql, row.pk)
             sql.execute("DELETE FROM collections WHERE pk = ?", (row.pk,))
             _create_collection(sql, "default")  # it always exists
             return row
@@ -114,26 +115,32 @@ class Catalogue:
             old = sql.execute(
                 "SELECT pk, created_at FROM documents WHERE collection_pk = ? AND id = ?", (row.pk, document.id)
             ).fetchone()
+            kept = None
             if old:
+                kept = neighbours.release(sql, old[0], {chunk.id for chunk in chunks})
                 _delete_document(sql, row.pk, old[0])
             document_pk = sql.execute(
-                "INSERT INTO documents VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO documents VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     row.pk, document.id, document.title, document.filename, document.media_type, document.sha256,
                     json.dumps(dict(document.metadata), sort_keys=True), len(chunks), len(document.text),
                     old[1] if old else time.time(), fingerprint, document.text,
                 ),
             ).lastrowid  # fmt: skip
+            pks: dict[str, int] = {}
             for chunk, vector in zip(chunks, vectors, strict=True):
                 pk = sql.execute(
-                    "INSERT INTO chunks VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO chunks VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                     (
                         row.pk, document_pk, chunk.id, chunk.ordinal, chunk.text,
                         chunk.start, chunk.stop, chunk.page, chunk.heading,
                     ),
                 ).lastrowid  # fmt: skip
+                pks[chunk.id] = _key(pk)
                 sql.execute("INSERT INTO vectors VALUES(?, ?)", (pk, vector.astype("<f4").tobytes()))
-                keywords.add(sql, row.pk, _key(pk), document.title, chunk)
+                keywords.add(sql, row.pk, pks[chunk.id], document.title, chunk)
+            if kept is not None:
+                neighbours.restore(sql, kept, pks)
             _touch(sql, row.pk)
 
     def delete_document(self, document_id: str, collection: str | None) -> bool:
@@ -145,6 +152,7 @@ class Catalogue:
                 (document_id, collection),
             ).fetchall()
             for collection_pk, document_pk in rows:
+                neighbours.release(sql, document_pk)
                 _delete_document(sql, collection_pk, document_pk)
                 _touch(sql, collection_pk)
             return bool(rows)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from retriever import keywords
+from retriever import keywords, neighbours
 from retriever.catalogue import Catalogue
 from retriever.index import Indexes
 
@@ -42,4 +42,5 @@ def check(catalogue: Catalogue, indexes: Indexes) -> list[str]:
                GROUP BY d.pk HAVING d.chunks <> count(k.pk)"""
         )
         problems += [f"document {document_id}: has {found} chunks of {said}" for document_id, said, found in rows]
+        problems += neighbours.integrity(sql)
     return problems

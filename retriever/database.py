@@ -9,11 +9,11 @@ from pathlib import Path
 
 from retriever.errors import CatalogueError, IndexMismatchError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x7261_6762  # "ragb"
 _BUSY_SECONDS = 30.0
 # AUTOINCREMENT: a key is never used twice, so "newer than the last key I saw" finds every addition.
-_SCHEMA = """
+_VERSION_1 = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE collections(
     pk INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, created_at REAL NOT NULL,
@@ -42,6 +42,22 @@ CREATE TABLE vectors(
     chunk_pk INTEGER PRIMARY KEY REFERENCES chunks(pk) ON DELETE CASCADE, vector BLOB NOT NULL
 );
 """
+# What these hold is `neighbours.py`'s matter. chunks.assigned: how many neighbours were asked for when they were
+# assigned; NULL never, 0 taken back. documents.revision counts the changes of its chunks' neighbours.
+_VERSION_2 = """
+ALTER TABLE documents ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE chunks ADD COLUMN assigned INTEGER;
+CREATE INDEX chunks_by_assigned ON chunks(collection_pk, assigned);
+CREATE TABLE neighbours(
+    chunk_pk INTEGER NOT NULL REFERENCES chunks(pk) ON DELETE CASCADE,
+    place INTEGER NOT NULL,  -- 0 is the nearest
+    neighbour_pk INTEGER NOT NULL REFERENCES chunks(pk) ON DELETE CASCADE,
+    PRIMARY KEY(chunk_pk, place)
+) WITHOUT ROWID;
+CREATE INDEX neighbours_by_neighbour ON neighbours(neighbour_pk);
+CREATE TABLE stale_chunks(pk INTEGER PRIMARY KEY AUTOINCREMENT, chunk_id TEXT NOT NULL);
+"""
+_MIGRATIONS = (_VERSION_1, _VERSION_2)  # a new folder runs them all, an old one those it lacks
 
 
 class Database:
@@ -109,16 +125,18 @@ class Database:
         with self.write() as sql:  # the lock keeps two processes from creating the schema twice
             version = sql.execute("PRAGMA user_version").fetchone()[0]
             tables = sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version == 0 and tables == 0:
-                for statement in _SCHEMA.split(";"):
-                    sql.execute(statement)
-                sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION or sql.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+            ours = sql.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID and version > 0
+            if not (ours or version == tables == 0) or version > SCHEMA_VERSION:
                 raise IndexMismatchError(
                     f"{file.name}: schema version {version}, this program reads {SCHEMA_VERSION}; "
                     "use another data folder or ingest again"
                 )
+            for migration in _MIGRATIONS[version:]:
+                for statement in migration.split(";"):
+                    sql.execute(statement)
+            if version < SCHEMA_VERSION:
+                sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def claim(database: Database, embedder_name: str, dimension: Callable[[], int]) -> int:

@@ -35,6 +35,11 @@ class VectorIndex:
     def remove(self, keys: Keys) -> None:
         self._index.remove_ids(faiss.IDSelectorBatch(keys))
 
+    def vector(self, key: int) -> NDArray[np.float32]:
+        """[dimension]; the key must be there."""
+        found: NDArray[np.float32] = self._index.reconstruct(key)
+        return found
+
     def search(self, vector: NDArray[np.float32], limit: int, allowed: Keys | None = None) -> list[tuple[int, float]]:
         """(key, cosine) of the `limit` nearest to `vector` [dimension], best first, among `allowed` when given."""
         limit = min(limit, len(self) if allowed is None else len(allowed))

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from retriever import neighbours
+from retriever.assign import assign
 from retriever.catalogue import Catalogue
 from retriever.check import check
 from retriever.chunk import CountTokens, chunk, chunks_at
@@ -19,17 +21,20 @@ from retriever.ingest import check_vectors, chunker_signature, store
 from retriever.parse import from_text
 from retriever.search import MODES, Mode, Query, search
 from retriever.types import (
+    Assigned,
     Chunk,
     CollectionInfo,
     Document,
     DocumentInfo,
     Hit,
     IngestResult,
+    Neighbourhood,
     Progress,
     Scalar,
 )
 
 MAX_K = 1000
+MAX_NEIGHBOURS = 16
 _JOINT = "\n\n"  # between ready-made chunks in the text of their document
 
 
@@ -220,6 +225,61 @@ class Retriever:
         while block := self._catalogue.chunks_after(last, collection_pk, 500):
             yield from (found.chunk for found in block)
             last = block[-1].pk
+
+    # Neighbours
+
+    def assign_neighbours(
+        self, collection: str, count: int, *, documents: Collection[str] | None = None, refresh: bool = False
+    ) -> Assigned:
+        """Gives chunks the `count` chunks of the collection nearest to them by vector, see `assign.nearest`.
+
+        A chunk is assigned once, however the collection grows. It is assigned again when one of its neighbours was
+        deleted or changed (such chunks are always included), when `count` is another, and with `refresh`. `documents`:
+        only the chunks of these (default: of all). Idempotent; may be cut short at any point and called again.
+
+        Raises `UnknownCollectionError`; `ValueError` for a `count` outside 1..16.
+        """
+        if not 1 <= count <= MAX_NEIGHBOURS:
+            raise ValueError(f"count is {count}; it must be 1 to {MAX_NEIGHBOURS}")
+        return assign(self._catalogue, self._indexes, collection, count, documents, refresh=refresh)
+
+    def neighbourhood(self, document_id: str, collection: str | None = None) -> Neighbourhood:
+        """A document's chunks with their neighbours, from one snapshot. `UnknownDocumentError`."""
+        with self._catalogue.database.read() as sql:
+            pk = self._row(document_id, collection)[0]
+            found = self._catalogue.chunks(pk)
+            near = neighbours.of_document(sql, pk)
+            known = self._catalogue.chunks_at({key for keys in near.values() for key in keys})
+            return Neighbourhood(
+                (pk, neighbours.revision(sql, pk)),
+                tuple(own.chunk for own in found),
+                tuple(tuple(known[key].chunk for key in near.get(own.pk, ())) for own in found),
+            )
+
+    def version(self, document_id: str, collection: str | None = None) -> tuple[int, int]:
+        """That of the document's `Neighbourhood` now. `UnknownDocumentError`."""
+        with self._catalogue.database.read() as sql:
+            pk = self._row(document_id, collection)[0]
+            return pk, neighbours.revision(sql, pk)
+
+    def stale(self) -> tuple[int, list[str]]:
+        """(mark, ids of chunks that were deleted, replaced or given other neighbours since `forget_stale(mark)`).
+
+        For whoever keeps things derived from chunks: discard those, then forget. Listed in the transaction of the
+        change, so a crash loses none; what is listed after `mark` stays listed.
+        """
+        with self._catalogue.database.read() as sql:
+            return neighbours.stale(sql)
+
+    def forget_stale(self, mark: int) -> None:
+        """See `stale`."""
+        with self._catalogue.database.write() as sql:
+            neighbours.forget_stale(sql, mark)
+
+    def documents_with(self, chunk_ids: Collection[str]) -> list[DocumentInfo]:
+        """Documents, in whatever collection, that have a chunk of one of these ids now."""
+        with self._catalogue.database.read() as sql:
+            return list(self._catalogue.documents_at(neighbours.holders(sql, chunk_ids)).values())
 
     # Away
 

@@ -86,3 +86,27 @@ class IngestResult:
     document: DocumentInfo
     chunks: tuple[Chunk, ...]
     unchanged: bool
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """A document's chunks in order, each with its assigned neighbours, nearest first (none: not assigned, or alone).
+
+    `version` is another one after every change of the chunks or of their neighbours, and never a former one again.
+    """
+
+    version: tuple[int, int]
+    chunks: tuple[Chunk, ...]
+    neighbours: tuple[tuple[Chunk, ...], ...]
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """What `Retriever.assign_neighbours` did: chunks it looked at, and of these those that got other neighbours.
+
+    `again`: document id -> ids of its chunks whose neighbours had been taken back, since one was deleted or changed.
+    """
+
+    chunks: int
+    changed: int
+    again: Mapping[str, frozenset[str]]

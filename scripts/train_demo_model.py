@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,77 +21,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from app.demo.words import ATTRIBUTES
+from app.demo.words import ATTRIBUTES, BRIDGES
 from app.demo.world import EVAL_SEEDS, TASKS, make_example, subject_names
-from scripts.demo_training.data import GATHER_LAYER, MATCH_LAYER, Batch, Stage, Vocabulary, lay_out, training_batch
+from scripts.demo_training.data import Batch, training_batch
+from scripts.demo_training.layout import HEADS, Vocabulary, lay_out
 from scripts.demo_training.model import DemoModel, ModelShape
+from scripts.demo_training.stages import FILLED, NO_FILLER, STAGES, Stage
 from scripts.demo_training.tokenizer import save_tokenizer, train_tokenizer
 
 TAP_LAYER = 2
-NO_FILLER = (0, 0)
-FILLED = (66, 124)
 WARM_UP = 100
-STAGES = (
-    Stage(
-        name="short",
-        steps=400,
-        documents=(2, 4),
-        chunks=(2, 2),
-        chunk_tokens=NO_FILLER,
-        rows=8000,
-        gap=0,
-        rate=(2e-3, 2e-3),
-        teacher=(1.0, 0.81),
-    ),
-    Stage(
-        name="longer",
-        steps=200,
-        documents=(2, 6),
-        chunks=(2, 3),
-        chunk_tokens=FILLED,
-        rows=10000,
-        gap=300,
-        rate=(2e-3, 1.78e-3),
-        teacher=(0.5, 0.41),
-    ),
-    Stage(
-        name="settle",
-        steps=400,
-        documents=(2, 4),
-        chunks=(2, 3),
-        chunk_tokens=FILLED,
-        rows=6000,
-        gap=800,
-        rate=(1.8e-3, 7.3e-4),
-        teacher=(0.4, 0.17),
-        chat=0.2,
-    ),
-    Stage(
-        name="long",
-        steps=250,
-        documents=(2, 8),
-        chunks=(2, 3),
-        chunk_tokens=FILLED,
-        rows=7000,
-        gap=400,
-        rate=(7e-4, 1e-5),
-        teacher=(0.15, 0.0),
-        chat=0.3,
-    ),
-    Stage(
-        name="wordings",
-        steps=250,
-        documents=(2, 6),
-        chunks=(2, 3),
-        chunk_tokens=FILLED,
-        rows=6000,
-        gap=400,
-        rate=(5e-4, 1e-5),
-        teacher=(0.1, 0.0),
-        chat=0.3,
-        wordings=4,
-    ),
-)
 
 
 class Teacher(nn.Module):
@@ -99,7 +39,7 @@ class Teacher(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.subject = nn.Linear(hidden, len(subject_names()))
-        self.attribute = nn.Linear(hidden, sum(len(a) for a in ATTRIBUTES.values()))
+        self.attribute = nn.Linear(hidden, sum(len(a) for a in ATTRIBUTES.values()) + len(BRIDGES))
 
 
 def training_loss(model: DemoModel, teacher: Teacher, batch: Batch, weight: float) -> tuple[Tensor, list[float]]:
@@ -111,31 +51,28 @@ def training_loss(model: DemoModel, teacher: Teacher, batch: Batch, weight: floa
     answer = F.cross_entropy(model.logits(final.flatten(0, 1)[batch.label_at].float()), batch.labels)
     heads = torch.zeros(())
     if len(batch.named):
-        normed = F.rms_norm(tapped.flatten(0, 1)[batch.named].float(), (tapped.shape[-1],))
-        heads = F.cross_entropy(teacher.subject(normed), batch.name)
-        heads = heads + F.cross_entropy(teacher.attribute(normed), batch.kind)
+        normed = F.rms_norm(tapped.float(), (tapped.shape[-1],)).flatten(0, 1)
+        heads = F.cross_entropy(teacher.subject(normed[batch.named]), batch.name)
+        heads = heads + F.cross_entropy(teacher.attribute(normed[batch.kinds]), batch.kind)
     return answer + weight * (attention + heads), [float(x.detach()) for x in (answer, attention, heads)]
 
 
 @torch.no_grad()
-def accuracy(
-    model: DemoModel, vocabulary: Vocabulary, task: str, chunk_tokens: tuple[int, int], n: int, context: str = "full"
-) -> float:
-    """Share of right first tokens over n held-out examples of 3 documents, one question per sequence."""
+def accuracy(model: DemoModel, vocabulary: Vocabulary, task: str, n: int, **shape: Any) -> float:
+    """Share of held-out examples whose whole answer is right, one question per sequence."""
     right = 0
-    for start in range(0, n, 10):
+    for start in range(0, n, 8):
         sequences = []
-        for seed in EVAL_SEEDS[start : min(n, start + 10)]:
-            example = make_example(seed, task=task, chunk_tokens=chunk_tokens)
-            facts = example.documents[example.question.document].facts
-            attribute = next(f.attribute for f in facts if f.value == example.question.answer)
-            asked = [(example.question, attribute)]
-            sequences.append(lay_out(vocabulary, example.documents, asked, random.Random(0), 0))
+        for seed in EVAL_SEEDS[start : min(n, start + 8)]:
+            example = make_example(seed, task=task, **shape)
+            parts = (vocabulary, example.documents, example.context, [example.question])
+            sequences.append(lay_out(*parts, random.Random(0), 0))
         batch = Batch(sequences)
         with torch.autocast("cpu", torch.bfloat16):
-            final, _, _ = model(batch.ids, batch.positions, batch.mask(context), 0, [], 0)
-        rows = batch.label_at[::2]
-        right += int((model.logits(final.flatten(0, 1)[rows].float()).argmax(-1) == batch.labels[::2]).sum())
+            final, _, _ = model(batch.ids, batch.positions, batch.mask(), batch.context, [], 0)
+        said = model.logits(final.flatten(0, 1)[batch.label_at].float()).argmax(-1)
+        wrong = {int(r) // batch.ids.shape[1] for r in batch.label_at[said != batch.labels]}
+        right += len(sequences) - len(wrong)
     return right / n
 
 
@@ -160,8 +97,10 @@ class Run:
         self.tokenizer = train_tokenizer()
         self.vocabulary = Vocabulary(self.tokenizer)
         self.model = DemoModel(ModelShape())
-        self.model.start_as_copy(GATHER_LAYER, 0)
-        self.model.start_as_copy(MATCH_LAYER, 0)
+        for name in ("gather", "hop", "match"):
+            self.model.start_as_copy(*HEADS[name])
+        self.model.read_alike(*HEADS["compare"], HEADS["gather"])
+        self.share_words()
         self.teacher = Teacher(self.model.shape.hidden_size)
         self.parameters = [*self.model.parameters(), *self.teacher.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -179,16 +118,14 @@ class Run:
         self.stage, self.step, self.total = state["stage"], state["step"], state["total"]
 
     @torch.no_grad()
-    def share_names(self) -> None:
-        """Give each name the same embedding before punctuation as before a space: they are two tokens, one word."""
+    def share_words(self) -> None:
+        """Give each word the same embedding before punctuation as before a space: they are two tokens, one word."""
         weight = self.model.model.embed_tokens.weight
-        for name in subject_names():
-            weight[self.vocabulary.one(name)] = weight[self.vocabulary.one(name + " ")]
+        for word in self.vocabulary.words:
+            weight[self.vocabulary.one(word)] = weight[self.vocabulary.one(word + " ")]
 
     def one_step(self, stage: Stage) -> None:
         """Draw a batch from the step's own seed and follow the gradient; rates change linearly within a stage."""
-        if stage.wordings > 2 and self.step == 0:
-            self.share_names()
         part = self.step / stage.steps
         rate = _between(stage.rate, part) * min(1.0, (self.total + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
@@ -203,15 +140,18 @@ class Run:
         self.step, self.total = self.step + 1, self.total + 1
 
     def report(self, stage: Stage, seconds: float) -> str:
-        """A progress line; every 200 steps with held-out accuracy on short and on filled chunks."""
+        """A progress line; every 100 steps with held-out accuracy per task, on short and on filled chunks."""
         answer, attention, heads = (sum(x) / len(self.losses) for x in zip(*self.losses, strict=True))
         self.losses = []
         line = f"{stage.name} {self.step}/{stage.steps} {seconds:.0f}s answer {answer:.3f}"
         line += f" attention {attention:.3f} heads {heads:.3f}"
-        if self.total % 200 == 0:
-            for task in TASKS:
-                short, filled = (accuracy(self.model, self.vocabulary, task, c, 60) for c in (NO_FILLER, FILLED))
-                line += f" | {task}: short {short:.2f} filled {filled:.2f}"
+        if self.total % 100 == 0:
+            for task in TASKS[:5]:
+                parts = [
+                    f"{accuracy(self.model, self.vocabulary, task, 48, documents=d, chunk_tokens=t):.2f}"
+                    for d, t in ((4, NO_FILLER), (8, FILLED))
+                ]
+                line += f" | {task} {' '.join(parts)}"
         return line
 
 

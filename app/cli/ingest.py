@@ -57,13 +57,16 @@ def ingest(
     documents = [d for job in jobs for d in job["documents"]]
     errors = [job["last_error"]["message"] for job in jobs if job["last_error"]]
     failed = [d for d in documents if d["error"]]
+    cascaded = sum(job["cascaded"] for job in jobs)
     if as_json:
-        print_json({"collection": collection, "documents": documents, "errors": errors})
+        print_json({"collection": collection, "documents": documents, "cascaded": cascaded, "errors": errors})
     else:
         kept = [d for d in documents if not d["error"]]
         chunks, same = sum(d["chunks"] for d in kept), sum(d["unchanged"] for d in kept)
         done = sum(d["status"] == "precomputed" for d in kept)
         say(f"{len(kept)} documents, {chunks} chunks ({same} unchanged); {done} precomputed, {len(failed)} failed")
+        if cascaded:
+            say(f"{cascaded} chunks got new neighbours and were compiled again, since one of theirs was changed")
     for d in failed:
         note(f"ingest: {d['filename']}: {d['error']['message']}")
     for error in errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,11 +37,17 @@ def read_settings(config: Path | None, **flags: Any) -> Settings:
 
 
 class ManyCommand(TyperCommand):
-    """A command without arguments whose repeatable options take several values: ``--ratio 0.05 0.1``, ``0.05,0.1``."""
+    """A command without arguments whose repeatable options take several values: ``--ratio 0.05 0.1``, ``0.05,0.1``.
+
+    A comma inside parentheses belongs to its value: ``--selector "deviation(check=1,filter=gradual),heads"``.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         many = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
         return super().parse_args(ctx, _repeat(args, many))
+
+
+_COMMA = re.compile(r",(?![^()]*\))")
 
 
 def _repeat(args: Sequence[str], many: set[str]) -> list[str]:
@@ -59,6 +66,6 @@ def _repeat(args: Sequence[str], many: set[str]) -> list[str]:
             out.append(arg)
             continue
         empty = False
-        for v in arg.split(","):
+        for v in _COMMA.split(arg):
             out += [option, v] if v else []
     return out + [str(option)] * empty

@@ -27,6 +27,12 @@ def precompute(
     only_missing: Annotated[
         bool, typer.Option("--only-missing/--all", help="Skip what is stored, or compile everything again.")
     ] = True,
+    refresh_neighbours: Annotated[
+        bool,
+        typer.Option(
+            "--refresh-neighbours", help="Search every chunk's neighbours again (compile.context neighbours only)."
+        ),
+    ] = False,
     max_gib: Annotated[float | None, typer.Option("--max-gib", help="Write at most this much, then stop.")] = None,
     data_dir: DataDir = None,
     model: Model = None,
@@ -45,7 +51,16 @@ def precompute(
     interrupted = False
     with stdout_is_for_results():
         try:
-            asyncio.run(_precompute(settings, seen, collection=collection, only_missing=only_missing, max_gib=max_gib))
+            asyncio.run(
+                _precompute(
+                    settings,
+                    seen,
+                    collection=collection,
+                    only_missing=only_missing,
+                    refresh_neighbours=refresh_neighbours,
+                    max_gib=max_gib,
+                )
+            )
         except KeyboardInterrupt:
             interrupted = True
     if interrupted and not seen:
@@ -90,6 +105,8 @@ def line(report: PrecomputeReport) -> str:
     """One line of figures. Tokens per second count what ran through the model."""
     rate = report.tokens / report.seconds if report.seconds else 0.0
     counts = f"done {report.done}, skipped {report.skipped}, failed {report.failed}"
+    if report.cascaded or report.removed:
+        counts += f"; {report.cascaded} behind new neighbours, {report.removed} stale removed"
     return f"{counts}; {report.bytes / 2**30:.3f} GiB, {rate:.0f} tokens/s"
 
 
@@ -99,6 +116,8 @@ def view(report: PrecomputeReport, *, interrupted: bool = False) -> dict[str, An
         "done": report.done,
         "skipped": report.skipped,
         "failed": report.failed,
+        "cascaded": report.cascaded,
+        "removed": report.removed,
         "gib": report.bytes / 2**30,
         "tokens": report.tokens,
         "seconds": report.seconds,

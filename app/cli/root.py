@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from app.cli import ask, bench, cache, doctor, evaluate, ingest, precompute, search, serve
+from app.cli import ask, bench, cache, certify, doctor, evaluate, guard, ingest, precompute, search, serve
 from app.cli.options import help_alone
 from app.cli.output import note
 
@@ -83,6 +83,8 @@ precompute.add_to(app)
 ask.add_to(app)
 search.add_to(app)
 cache.add_to(app)
+guard.add_to(app)
+certify.add_to(app)
 evaluate.add_to(app)
 bench.add_to(app)
 doctor.add_to(app)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 
@@ -62,6 +63,15 @@ class Server:
                 job = self._call("GET", f"/jobs/{job['id']}")
             jobs.append(job)
         return jobs
+
+    def guarded(self) -> list[dict[str, Any]]:
+        """What the guard found, one entry per collection."""
+        found: list[dict[str, Any]] = self._call("GET", "/guard")["data"]
+        return found
+
+    def reset_guard(self, collection: str) -> None:
+        """Have the guard forget a collection."""
+        self._call("DELETE", f"/guard/{quote(collection, safe='')}")
 
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:

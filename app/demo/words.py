@@ -1,4 +1,4 @@
-"""The vocabulary of the demo world: subjects, attributes with their wording and values, filler sentences.
+"""The vocabulary of the demo world: subjects, attributes with their wording and values.
 
 Every word here becomes one token of the demo tokenizer. Values belong to exactly one attribute and never occur
 in a template or a filler sentence, so an answer cannot be guessed from the wording alone.
@@ -9,11 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Attribute:
-    """One kind of fact. `{s}` is the subject (name or pronoun), `{v}` the value, which always ends its sentence."""
+    """One kind of fact. `{s}` is the subject (name or pronoun), `{v}` the value, which always ends its sentence.
+
+    `predicate` says the fact of a subject asked for ("Which of A and B keeps the goat?"), `plural` asks for the
+    values of two subjects at once ("A and B" for `{s}`).
+    """
 
     name: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
+    predicate: str
+    plural: str
     values: tuple[str, ...]
 
     @property
@@ -37,12 +43,16 @@ PERSON_ATTRIBUTES = (
         "town",
         ("The town where {s} lives is {v}.", "{s} lives in the town of {v}."),
         ("What is the town where {s} lives?", "Where does {s} live?"),
+        "lives in {v}",
+        "In which towns do {s} live?",
         _join("East North Stone Ash Oak Mill", "ford bury ton wick"),
     ),
     Attribute(
         "craft",
         ("The craft that {s} learned is {v}.", "{s} learned the craft of {v}."),
         ("What is the craft that {s} learned?", "Which craft did {s} learn?"),
+        "learned {v}",
+        "Which crafts did {s} learn?",
         tuple(
             "weaving pottery carving tanning brewing baking thatching dyeing glazing spinning masonry joinery "
             "smelting printing bookbinding engraving embroidery tailoring cobbling plastering gilding milling "
@@ -53,6 +63,8 @@ PERSON_ATTRIBUTES = (
         "animal",
         ("The animal that {s} keeps is the {v}.", "{s} keeps an animal, the {v}."),
         ("What is the animal that {s} keeps?", "Which animal does {s} keep?"),
+        "keeps the {v}",
+        "Which animals do {s} keep?",
         tuple(
             "goat donkey mule ferret hound spaniel pony camel tortoise rabbit hamster parrot peacock llama "
             "hedgehog badger otter squirrel lizard terrier alpaca beagle poodle mastiff".split()
@@ -62,6 +74,8 @@ PERSON_ATTRIBUTES = (
         "instrument",
         ("The instrument that {s} plays is the {v}.", "{s} plays an instrument, the {v}."),
         ("What is the instrument that {s} plays?", "Which instrument does {s} play?"),
+        "plays the {v}",
+        "Which instruments do {s} play?",
         tuple(
             "flute harp fiddle cello lute oboe clarinet trumpet trombone bassoon drum organ zither mandolin banjo "
             "guitar viola piano accordion bagpipe dulcimer tuba cornet harmonica".split()
@@ -71,6 +85,8 @@ PERSON_ATTRIBUTES = (
         "friend",
         ("The friend whom {s} trusts is {v}.", "{s} trusts a friend called {v}."),
         ("Who is the friend whom {s} trusts?", "Which friend does {s} trust?"),
+        "trusts {v}",
+        "Which friends do {s} trust?",
         tuple(
             "Aldous Beatrix Cedric Delphine Edgar Florian Gideon Hubert Isolde Jasper Konrad Leopold Matilda "
             "Nestor Ottilie Percival Quentin Rosamund Sidonie Tristan Ursula Valentin Wilhelm Zelda".split()
@@ -80,6 +96,8 @@ PERSON_ATTRIBUTES = (
         "fruit",
         ("The fruit that {s} sells is the {v}.", "{s} sells one fruit, the {v}."),
         ("What is the fruit that {s} sells?", "Which fruit does {s} sell?"),
+        "sells the {v}",
+        "Which fruits do {s} sell?",
         tuple(
             "apple pear plum cherry quince apricot peach fig grape lemon orange melon mango papaya kiwi banana "
             "damson mulberry raspberry blackberry gooseberry currant nectarine pomegranate".split()
@@ -92,12 +110,16 @@ PLACE_ATTRIBUTES = (
         "river",
         ("The river where {s} lies is the {v}.", "{s} lies on a river, the {v}."),
         ("What is the river where {s} lies?", "On which river does {s} lie?"),
+        "lies on the {v}",
+        "On which rivers do {s} lie?",
         _join("Ar Bel Cor Dun Isk Nar", "va lune dra mish"),
     ),
     Attribute(
         "king",
         ("The king whom {s} honours is {v}.", "{s} honours a king named {v}."),
         ("Who is the king whom {s} honours?", "Which king does {s} honour?"),
+        "honours {v}",
+        "Which kings do {s} honour?",
         tuple(
             "Alaric Baldwin Cuthbert Dagobert Egbert Ferdinand Godfrey Harald Ivar Jorund Knut Lothar Magnus "
             "Nicander Osric Pepin Radbod Sigurd Theodric Ulrich Vortigern Wenceslas Ximenes Yngvar".split()
@@ -107,6 +129,8 @@ PLACE_ATTRIBUTES = (
         "crop",
         ("The crop that {s} grows is {v}.", "{s} grows a single crop, {v}."),
         ("What is the crop that {s} grows?", "Which crop does {s} grow?"),
+        "grows {v}",
+        "Which crops do {s} grow?",
         tuple(
             "barley wheat rye oats maize millet rice flax hemp hops clover beet turnip potato cabbage lentil "
             "sorghum buckwheat soy cotton mustard spinach parsnip carrot".split()
@@ -116,6 +140,8 @@ PLACE_ATTRIBUTES = (
         "rock",
         ("The rock that {s} quarries is {v}.", "{s} quarries one rock, {v}."),
         ("What is the rock that {s} quarries?", "Which rock does {s} quarry?"),
+        "quarries {v}",
+        "Which rocks do {s} quarry?",
         tuple(
             "granite marble basalt slate sandstone limestone chalk gneiss schist flint shale dolerite gabbro "
             "quartzite travertine tuff obsidian pumice jasperite diorite andesite rhyolite dolomite serpentine".split()
@@ -125,6 +151,8 @@ PLACE_ATTRIBUTES = (
         "bird",
         ("The bird that {s} protects is the {v}.", "{s} protects a rare bird, the {v}."),
         ("What is the bird that {s} protects?", "Which bird does {s} protect?"),
+        "protects the {v}",
+        "Which birds do {s} protect?",
         tuple(
             "heron falcon eagle osprey kestrel buzzard puffin gannet stork crane egret curlew plover snipe "
             "lapwing swift swallow wren robin finch thrush magpie jackdaw nightjar".split()
@@ -134,6 +162,8 @@ PLACE_ATTRIBUTES = (
         "tree",
         ("The tree that {s} plants is the {v}.", "{s} plants only one tree, the {v}."),
         ("What is the tree that {s} plants?", "Which tree does {s} plant?"),
+        "plants the {v}",
+        "Which trees do {s} plant?",
         tuple(
             "elm beech birch maple willow poplar cedar cypress pine spruce larch fir yew holly rowan alder hazel "
             "walnut chestnut linden sycamore hawthorn juniper acacia".split()
@@ -146,6 +176,8 @@ WORK_ATTRIBUTES = (
         "writer",
         ("The writer who made {s} is {v}.", "{s} was made by a writer named {v}."),
         ("Who is the writer who made {s} long ago?", "Which writer made {s} long ago?"),
+        "was made by {v}",
+        "Which writers made {s} long ago?",
         tuple(
             "Abelard Boethius Chrysander Drummond Erasmus Fulbert Gerhard Hildegard Irenaeus Jocelyn Kilian "
             "Lambert Mechthild Notker Odilia Petrarch Quirinus Rupert Suger Thomasin Urban Vincent Walahfrid "
@@ -156,6 +188,8 @@ WORK_ATTRIBUTES = (
         "hero",
         ("The hero whom {s} praises is {v}.", "{s} praises a hero named {v}."),
         ("Who is the hero whom {s} praises?", "Which hero does {s} praise?"),
+        "praises {v}",
+        "Which heroes do {s} praise?",
         tuple(
             "Achmet Beowan Corwin Dietrich Eneas Finnian Gawain Hector Idris Jarvis Kullervo Lancel Merovech "
             "Nibelung Orlando Palamedes Roland Siegfried Tancred Ulfric Viljo Wieland Yorick Zigmund".split()
@@ -165,6 +199,8 @@ WORK_ATTRIBUTES = (
         "colour",
         ("The colour that {s} wears is {v}.", "{s} wears one colour, {v}."),
         ("What is the colour that {s} wears?", "Which colour does {s} wear?"),
+        "wears {v}",
+        "Which colours do {s} wear?",
         tuple(
             "crimson scarlet azure indigo violet purple turquoise emerald olive ochre umber sienna ivory cream "
             "beige lavender magenta maroon teal cyan khaki russet vermilion lilac".split()
@@ -174,6 +210,8 @@ WORK_ATTRIBUTES = (
         "metal",
         ("The metal that {s} bears is {v}.", "{s} bears one metal, {v}."),
         ("What is the metal that {s} bears?", "Which metal does {s} bear?"),
+        "bears {v}",
+        "Which metals do {s} bear?",
         tuple(
             "copper tin lead bronze brass pewter gold iron steel nickel zinc cobalt platinum chrome titanium "
             "tungsten mercury bismuth antimony palladium rhodium iridium osmium lithium".split()
@@ -183,6 +221,8 @@ WORK_ATTRIBUTES = (
         "language",
         ("The language that {s} uses is {v}.", "{s} uses one language, {v}."),
         ("What is the language that {s} uses?", "Which language does {s} use?"),
+        "uses {v}",
+        "Which languages do {s} use?",
         tuple(
             "Latin Greek Gothic Norse Frisian Saxon Breton Cornish Welsh Gaelic Manx Basque Catalan Provencal "
             "Tuscan Lombard Venetian Dalmatian Polish Czech Magyar Finnish Estonian Livonian".split()
@@ -192,72 +232,30 @@ WORK_ATTRIBUTES = (
         "abbey",
         ("The abbey that {s} adorns is {v}.", "{s} adorns an abbey called {v}."),
         ("What is the abbey that {s} adorns?", "Which abbey does {s} adorn?"),
+        "adorns {v}",
+        "Which abbeys do {s} adorn?",
         _join("Clun Fon Mel Rie Tin Wal", "court rose tern sey"),
     ),
 )
 
 ATTRIBUTES = {"person": PERSON_ATTRIBUTES, "place": PLACE_ATTRIBUTES, "work": WORK_ATTRIBUTES}
 
-NAMED_OPENINGS = {
-    "person": (
-        "This page is about {s} and a long life.",
-        "Many old letters mention {s} with respect.",
-        "The people of the coast still remember {s} today.",
-        "These notes were gathered by a pupil of {s} over the years.",
+# A bridge leads from a place or a work to a person, whose own document says more.
+BRIDGES = {
+    "place": Attribute(
+        "warden",
+        ("The warden who guards {s} is {v}.", "{s} has a warden called {v}."),
+        ("Who is the warden who guards {s} today?", "Which warden does {s} have?"),
+        "is guarded by {v}",
+        "Which wardens do {s} have?",
+        WOMEN + MEN,
     ),
-    "place": (
-        "This page is about {s} and its people.",
-        "Many old maps show {s} near the edge.",
-        "Few travellers who reach {s} forget the view.",
-        "These notes were gathered on a visit to {s} last year.",
-    ),
-    "work": (
-        "This page is about {s} and its readers.",
-        "Many old lists mention {s} more than once.",
-        "Scholars have argued over {s} for a long time.",
-        "These notes were gathered by a keeper of {s} over the years.",
-    ),
-}
-
-PRONOUN_FILLERS = {
-    "person": (
-        "In later years {s} travelled a great deal.",
-        "Neighbours say that {s} speaks slowly and listens well.",
-        "Every evening {s} takes a walk before supper.",
-        "It is said that {s} never wasted a single hour.",
-    ),
-    "place": (
-        "In later years {s} changed a great deal.",
-        "Visitors say that {s} looks best in the early light.",
-        "Every summer {s} fills with guests and noise.",
-        "It is said that {s} never closed a single gate.",
-    ),
-    "work": (
-        "In later years {s} was copied a great deal.",
-        "Readers say that {s} rewards a second look.",
-        "Every winter {s} is read aloud before supper.",
-        "It is said that {s} never bored a single guest.",
+    "work": Attribute(
+        "guardian",
+        ("The guardian who watches {s} is {v}.", "{s} has a guardian called {v}."),
+        ("Who is the guardian who watches {s} today?", "Which guardian does {s} have?"),
+        "is watched by {v}",
+        "Which guardians do {s} have?",
+        WOMEN + MEN,
     ),
 }
-
-FILLER_TEMPLATES = (
-    "The {noun} was {adjective} and the {other} was {second}.",
-    "In {season} the {noun} looked {adjective} from the {other}.",
-    "Nobody could say why the {adjective} {noun} stood behind the {other}.",
-    "A {adjective} {noun} was found under the {other} in {season}.",
-    "Some remember the {noun} and others the {second} {other}.",
-    "There was a {adjective} {noun} near every {other}.",
-    "For many days the {other} and the {noun} were {adjective}.",
-    "They painted the {noun} again and moved the {second} {other}.",
-    "Late in {season} a {second} wind shook the {noun}.",
-    "The road passed a {noun}, then a {adjective} {other}.",
-)
-FILLER_NOUNS = tuple(
-    "bridge wall tower garden window market cellar door bench lamp kitchen stable grove gate fence chapel ladder "
-    "cart barrel table curtain mirror chimney staircase courtyard harvest lantern boat meadow hill path forest".split()
-)
-FILLER_ADJECTIVES = tuple(
-    "quiet narrow broken heavy bright bare crowded dusty pale gentle crooked weathered modest warm damp plain sturdy "
-    "hidden famous humble tall smooth ragged cheerful".split()
-)
-FILLER_SEASONS = ("spring", "summer", "autumn", "winter")

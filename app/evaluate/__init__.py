@@ -1,1 +1,1 @@
-"""Answer quality of full prefill, reuse and each selector on held-out generated questions."""
+"""Answer quality of full prefill, reuse and each selector on the same questions, generated or from a file."""

@@ -1,7 +1,8 @@
-"""What an arm is judged by: accuracy with an interval, agreement with full prefill, divergence of the first token."""
+"""What an arm is judged by: means with intervals, where it leaves full prefill's answer, its first token's KL."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -25,6 +26,14 @@ def mean_and_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float,
     draws = np.random.default_rng(seed).integers(0, len(x), size=(RESAMPLES, len(x)))
     low, high = np.quantile(x[draws].mean(axis=1), [0.025, 0.975])
     return float(x.mean()), (float(low), float(high))
+
+
+def diverges_at(full: Sequence[int], arm: Sequence[int]) -> int | None:
+    """Position of the first token in which two answers differ (the end of the shorter one counts), None if equal."""
+    if list(full) == list(arm):
+        return None
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(full, arm, strict=False))
+    return sum(1 for _ in same)
 
 
 def kl_lower_bound(full: Mapping[int, float], arm: Mapping[int, float]) -> float:

@@ -1,4 +1,4 @@
-"""GET /livez, /readyz, /metrics."""
+"""GET /livez, /readyz, /metrics; what the guard found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from app.certify.lookup import for_report
 from app.errors import NotReadyError, failure
 from app.metrics import CONTENT_TYPE
 from app.routes.common import ServiceOf
@@ -38,7 +39,10 @@ async def readyz(service: ServiceOf) -> Response:
     }
     broken = [name for name, part in parts.items() if not part["ok"]]
     if not broken:
-        return JSONResponse({"status": "ready", "model": service.settings.served_name, "parts": parts})
+        certificate = for_report(service.engine.certificate)
+        return JSONResponse(
+            {"status": "ready", "model": service.settings.served_name, "certificate": certificate, "parts": parts}
+        )
     failed = failure(NotReadyError(f"not ready: {', '.join(broken)}"))
     return JSONResponse(failed.body | {"status": "not ready", "parts": parts}, failed.status, failed.headers)
 
@@ -55,6 +59,19 @@ async def metrics(service: ServiceOf) -> Response:
         log.warning("the store gave no figures: %s", e)
     text = own.text() + await service.engine.metrics()
     return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+
+@router.get("/guard")
+async def guard(service: ServiceOf) -> dict[str, Any]:
+    """Every collection whose answers were compared with full prefill, and how much of it is recomputed at least."""
+    return {"object": "list", "data": service.guard.view()}
+
+
+@router.delete("/guard/{collection:path}")
+async def reset_guard(service: ServiceOf, collection: str) -> dict[str, Any]:
+    """Forget what the guard found about a collection: it is served as asked again."""
+    await service.guard.reset(collection)
+    return {"collection": collection, "object": "guard.reset"}
 
 
 async def _part(check: Awaitable[dict[str, Any] | None], **details: Any) -> dict[str, Any]:

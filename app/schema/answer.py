@@ -82,7 +82,10 @@ class CacheChunk(BaseModel):
 
 
 class Cache(BaseModel):
-    """``reused + recomputed + missing == tokens``: the context rows, our prefix included."""
+    """``reused + recomputed + missing == tokens``: the context rows, our prefix included.
+
+    ``computed_share``: rows x layers run through the model for the context, over all there are (a full prefill is 1).
+    """
 
     mode: str
     why: str | None
@@ -91,6 +94,7 @@ class Cache(BaseModel):
     reused: int
     recomputed: int
     missing: int
+    computed_share: float
     chunks: list[CacheChunk]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from blend.certificate import Certificate
 from blend.types import CompileJob, CompileResult, Delta, Request
 from store.base import KVStore
 from store.types import KVLayout
@@ -34,7 +35,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Identity of a running engine. Fingerprints are hex."""
+    """Identity of a running engine. Fingerprints are hex. ``max_logprobs``: top log-probabilities it can return."""
 
     name: str
     version: str
@@ -44,10 +45,16 @@ class EngineInfo:
     tokenizer: str
     max_context: int
     vocab_size: int
+    max_logprobs: int = 20
 
 
 class Engine(Protocol):
-    """A model that can generate from blended prompts and compile chunks into the store."""
+    """A model that can generate from blended prompts and compile chunks into the store.
+
+    ``certificate``: what ``auto`` goes by, set by whoever opened the engine; without one ``auto`` prefills in full.
+    """
+
+    certificate: Certificate | None
 
     @property
     def info(self) -> EngineInfo: ...

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AllRows:
-    """Selects every context row."""
+    """Selects every context row, whatever the budget."""
 
     name = "all"
 

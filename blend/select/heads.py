@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from blend.select.base import Selection, head_rows
+from blend.select.base import Plain, Selection, eligible
+from blend.select.chunks import chunk_rows
+from blend.select.spec import Convert, whole
+from kernels.select_rows import select_rows
 
 if TYPE_CHECKING:
     from blend.method import Blend
 
 
-class Heads:
-    """Spends the whole budget on chunk heads, evenly over the chunks."""
+@dataclass(frozen=True)
+class Heads(Plain):
+    """The first ``rows`` of each chunk (0: as many as the budget holds), all chunks' first rows before their second."""
 
-    name = "heads"
+    OPTIONS: ClassVar[Mapping[str, Convert]] = {"rows": whole(1, 4096)}
 
-    def select(self, state: Blend) -> Selection:
-        longest = max((s.tokens for s in state.prompt.segments if s.kind == "chunk"), default=0)
-        return Selection(head_rows(state, longest, state.budget))
+    rows: int = 0
+
+    def choose(self, state: Blend, chosen: Selection, budget: int) -> Selection:
+        _, place = chunk_rows(state.prompt)
+        ok = eligible(state, chosen.rows)
+        if self.rows:
+            ok &= place < self.rows
+        return chosen.add(select_rows(-place, budget, eligible=ok))

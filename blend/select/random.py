@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from blend.select.base import Selection, eligible
+from blend.select.base import Plain, Selection, eligible
+from blend.select.spec import Convert, whole
 from kernels.select_rows import select_rows
 
 if TYPE_CHECKING:
     from blend.method import Blend
 
 
-class RandomRows:
-    """Rows by a generator seeded with the prompt itself, so that a repeated request selects the same ones."""
+@dataclass(frozen=True)
+class RandomRows(Plain):
+    """Rows by a generator seeded with the prompt and ``seed``, so that a repeated request selects the same ones."""
 
-    name = "random"
+    OPTIONS: ClassVar[Mapping[str, Convert]] = {"seed": whole(0, 2**31 - 1)}
 
-    def select(self, state: Blend) -> Selection:
-        seed = zlib.crc32(state.ids.numpy().tobytes())
+    seed: int = 0
+
+    def choose(self, state: Blend, chosen: Selection, budget: int) -> Selection:
+        seed = zlib.crc32(state.ids.numpy().tobytes(), self.seed)
         scores = torch.rand(state.prompt.context_tokens, generator=torch.Generator().manual_seed(seed))
-        return Selection(select_rows(scores, state.budget, eligible=eligible(state)))
+        return chosen.add(select_rows(scores, budget, eligible=eligible(state, chosen.rows)))

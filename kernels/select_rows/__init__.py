@@ -1,5 +1,5 @@
 """Choose the rows to recompute, and cut them into contiguous runs."""
 
-from kernels.select_rows.reference import runs, select_rows
+from kernels.select_rows.reference import rows_covering, runs, select_rows
 
-__all__ = ["runs", "select_rows"]
+__all__ = ["rows_covering", "runs", "select_rows"]

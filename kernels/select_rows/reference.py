@@ -46,6 +46,42 @@ def select_rows(
     return chosen.nonzero().squeeze(1)
 
 
+def rows_covering(
+    scores: torch.Tensor,
+    part: float,
+    *,
+    forced: torch.Tensor | None = None,
+    eligible: torch.Tensor | None = None,
+) -> int:
+    """How many of the best eligible rows, beside the forced ones, it takes to hold ``part`` of the mass.
+
+    Args:
+        scores: [N] as for ``select_rows``. The mass is the sum over forced and eligible rows; a score below 0
+            holds none. With a score that is not finite nothing is known, and every row is needed.
+        part: the share to hold, 0 .. 1.
+        forced, eligible: as for ``select_rows``. What forced rows hold counts first.
+
+    Returns:
+        a number of rows, 0 .. eligible rows that are not forced.
+
+    Raises:
+        ValueError: a shape, dtype, row or ``part`` does not fit; the message shows it.
+    """
+    if scores.dim() != 1 or scores.is_complex() or scores.dtype == torch.bool:
+        raise ValueError(f"scores must be real numbers [N], not {scores.dtype} {tuple(scores.shape)}")
+    if not 0 <= part <= 1:
+        raise ValueError(f"part must be within 0 .. 1, not {part}")
+    held = _mask("forced", forced, scores, default=False)
+    free = _mask("eligible", eligible, scores, default=True) & ~held
+    mass = scores.double().clamp(min=0)
+    best = mass[free].sort(descending=True).values
+    start = mass[held].sum()
+    total = start + best.sum()
+    if not bool(total.isfinite()):
+        return len(best)
+    return int((start + best.cumsum(0) - best < part * total).sum())
+
+
 def runs(rows: torch.Tensor) -> list[tuple[int, int]]:
     """Contiguous segments of ``rows``: half-open ``(start, stop)``, ascending, never adjacent.
 

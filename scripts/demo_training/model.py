@@ -18,7 +18,7 @@ class ModelShape:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    rope_theta: float = 10000.0
+    rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
 
@@ -107,6 +107,11 @@ class Attention(nn.Module):
         out = torch.cat(parts, dim=2)
         return self.o_proj(out.transpose(1, 2).reshape(b, n, -1)), loss
 
+    def read_by(self, head: int) -> Tensor:
+        """The rows of the value projection that `head` reads with (a view)."""
+        group = head // (self.heads // self.kv_heads)
+        return self.v_proj.weight[group * self.dim : (group + 1) * self.dim]
+
     def _target_loss(self, q: Tensor, k: Tensor, mask: Tensor, target: AttentionTarget) -> Tensor:
         """Mean of -log(attention mass on the wanted rows)."""
         index = target.rows[..., None]
@@ -169,9 +174,13 @@ class DemoModel(nn.Module):
     def start_as_copy(self, layer: int, head: int) -> None:
         """Make one head write what it reads: its output projection becomes its value projection transposed."""
         attention = self.model.layers[layer].self_attn
-        group, dim = head // (attention.heads // attention.kv_heads), attention.dim
-        read = attention.v_proj.weight[group * dim : (group + 1) * dim]
-        attention.o_proj.weight[:, head * dim : (head + 1) * dim] = read.T
+        attention.o_proj.weight[:, head * attention.dim : (head + 1) * attention.dim] = attention.read_by(head).T
+
+    @torch.no_grad()
+    def read_alike(self, layer: int, head: int, other: tuple[int, int]) -> None:
+        """Make one head read what the head `other` (layer, head) reads, and write it."""
+        self.model.layers[layer].self_attn.read_by(head).copy_(self.model.layers[other[0]].self_attn.read_by(other[1]))
+        self.start_as_copy(layer, head)
 
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor, causal: int, targets: list[AttentionTarget], tap: int

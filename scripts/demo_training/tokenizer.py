@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from app.demo import words
+from app.demo import filler, words
 from app.demo.world import SYSTEM_PREFIX, subject_names
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -38,18 +38,20 @@ _COMMON_TEXT = (
 
 def corpus() -> list[str]:
     """Texts that contain every word of the world, both before a space and before punctuation."""
-    attributes = [a for kind in words.ATTRIBUTES.values() for a in kind]
+    attributes = [*(a for kind in words.ATTRIBUTES.values() for a in kind), *words.BRIDGES.values()]
     texts = [SYSTEM_PREFIX, "\n", "\n\n", REFUSAL, _COMMON_TEXT]
     for attribute in attributes:
-        for pattern in attribute.statements + attribute.questions:
+        patterns = [attribute.plural, "Which of x and x " + attribute.predicate + "?"]
+        texts += [f"the {attribute.name} of x", f"x's {attribute.name}?"]
+        for pattern in (*attribute.statements, *attribute.questions, *patterns):
             texts += [pattern.format(s=s, v="x") for s in ("she", "he", "it", "She", "He", "It")]
-    for group in (words.NAMED_OPENINGS, words.PRONOUN_FILLERS):
+    for group in (filler.NAMED_OPENINGS, filler.PRONOUN_FILLERS):
         texts += [text.format(s=s) for kind in group.values() for text in kind for s in ("she", "he", "it")]
     texts += [
         t.format(noun="wall", other="wall", adjective="quiet", second="quiet", season="spring")
-        for t in words.FILLER_TEMPLATES
+        for t in filler.FILLER_TEMPLATES
     ]
-    every = subject_names() + words.FILLER_NOUNS + words.FILLER_ADJECTIVES + words.FILLER_SEASONS
+    every = subject_names() + filler.FILLER_NOUNS + filler.FILLER_ADJECTIVES + filler.FILLER_SEASONS
     every += tuple(value for a in attributes for value in a.values)
     texts += [form for word in every for form in (f"{word} ", f"{word}. ")] * 4
     return texts

@@ -17,6 +17,7 @@ from app.trivial import TrivialEngine
 from retriever.embed import HashEmbedder
 from store.base import KVStore
 from store.memory import MemoryStore
+from tests.certificates import passing
 
 DOCUMENTS = [
     {
@@ -57,8 +58,13 @@ OpenKit = Callable[..., Awaitable[Kit]]
 
 
 @asynccontextmanager
-async def _kit(folder: Path, store: KVStore | None, delay_s: float, settings: dict[str, Any]) -> AsyncIterator[Kit]:
-    engine = TrivialEngine(store if store is not None else MemoryStore(), delay_s=delay_s)
+async def _kit(
+    folder: Path, store: KVStore | None, delay_s: float, faithful_ratio: float, certified: bool,
+    settings: dict[str, Any],
+) -> AsyncIterator[Kit]:  # fmt: skip
+    store = store if store is not None else MemoryStore()
+    engine = TrivialEngine(store, delay_s=delay_s, faithful_ratio=faithful_ratio)
+    engine.certificate = passing(engine.info) if certified else None
     service = await Service.open(
         make_settings(folder, **settings), engine=engine, tokenizer=engine.tokenizer, embedder=HashEmbedder()
     )
@@ -71,7 +77,8 @@ async def _kit(folder: Path, store: KVStore | None, delay_s: float, settings: di
 
 
 def make_settings(folder: Path, **settings: Any) -> Settings:
-    return load_settings(**({"data_dir": folder, "model": "trivial", "chunk_tokens": CHUNK_TOKENS} | settings))
+    given = {"data_dir": folder, "model": "trivial", "chunk_tokens": CHUNK_TOKENS, "guard": {"share": 0}}
+    return load_settings(**(given | settings))
 
 
 @pytest.fixture
@@ -79,8 +86,14 @@ async def open_kit(tmp_path: Path) -> AsyncIterator[OpenKit]:
     """Opens services on the test's folder: ``await open_kit(store=..., delay_s=..., strict=True, ...)``."""
     async with AsyncExitStack() as stack:
 
-        async def open_one(store: KVStore | None = None, delay_s: float = 0.0, **settings: Any) -> Kit:
-            return await stack.enter_async_context(_kit(tmp_path, store, delay_s, settings))
+        async def open_one(
+            store: KVStore | None = None,
+            delay_s: float = 0.0,
+            faithful_ratio: float = 0.0,
+            certified: bool = True,
+            **settings: Any,
+        ) -> Kit:
+            return await stack.enter_async_context(_kit(tmp_path, store, delay_s, faithful_ratio, certified, settings))
 
         yield open_one
 

@@ -44,9 +44,16 @@ async def test_an_answer_is_grounded_cited_and_accounted_for(kit: Kit) -> None:
     assert cache["reused"] > 0
     assert cache["recomputed"] > 0
     assert cache["missing"] == 0
+    assert cache["computed_share"] == pytest.approx(cache["recomputed"] / cache["tokens"], abs=1e-6)
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == cache["reused"]
     assert body["usage"]["completion_tokens"] == len(ANSWER)
     assert {"embed", "search", "kv_load", "blend", "ttft"} <= set(body["rag"]["timings_ms"])
+
+
+async def test_a_request_may_compose_its_selector(kit: Kit) -> None:
+    spec = "heads(rows=2):0.2+question(rounds=2,pool=3):0.8"
+    body = (await kit.chat(rag={"blend": {"selector": spec, "mode": "blend"}})).json()
+    assert body["rag"]["cache"]["selector"] == spec
 
 
 @pytest.mark.parametrize("mode", ["auto", "blend", "reuse", "full"])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from app.cli import app
 from app.cli.options import _repeat
+from app.demo.world import TASKS
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.engines import EngineConfig
 from store import open_store
@@ -33,11 +34,16 @@ COMMANDS = [
     ["doctor"],
     ["bench"],
     ["bench", "ttft"],
+    ["certify"],
     ["eval"],
     ["eval", "quality"],
+    ["eval", "report"],
     ["cache"],
     ["cache", "ls"],
     ["cache", "verify"],
+    ["guard"],
+    ["guard", "ls"],
+    ["guard", "reset"],
 ]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -199,6 +205,17 @@ class TestDocuments:
         assert states == {"photo.png": "failed", "oak.txt": "precomputed"}
         assert "photo.png" in result.stderr
 
+    def test_neighbours_are_refreshed_in_their_compile_context_only(
+        self, documents: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = fails(1, "precompute", "--refresh-neighbours")
+        assert "compile.context is document" in said
+        assert "neighbours" in said
+        monkeypatch.setenv("RAGBLEND_COMPILE__CONTEXT", "neighbours")
+        assert data("ingest", documents / "oak.txt")["cascaded"] == 0
+        report = data("precompute", "--refresh-neighbours")
+        assert (report["failed"], report["cascaded"], report["removed"]) == (0, 0, 0)
+
     def test_precompute_does_what_ingest_left(self, documents: Path) -> None:
         report = data("ingest", documents, "--no-precompute")
         assert {d["status"] for d in report["documents"]} == {"searchable"}
@@ -276,6 +293,12 @@ class TestRunningServer:
         monkeypatch.setenv("RAGBLEND_PORT", url.rpartition(":")[2])
         assert "context rows" in run("ask", "Who keeps a donkey?").stdout
 
+    def test_what_its_guard_knows_is_its_own(self, url: str, trivial: Path) -> None:
+        assert data("guard", "ls", "--url", url) == {"collections": []}
+        assert "no answer was compared yet" in run("guard", "ls", "--url", url).stdout
+        assert "atlantis/2" in fails(1, "guard", "reset", "atlantis/2", "--url", url)
+        assert not (trivial / "guard.json").exists()
+
     def test_its_errors_are_one_line(self, url: str) -> None:
         assert "atlantis" in fails(1, "ask", "x", "--collection", "atlantis", "--url", url)
 
@@ -300,20 +323,48 @@ class TestMeasurements:
         )
         assert report["seed"] == 3
         assert set(report) >= {"tasks", "seed", "ratio", "model", "machine"}
-        assert set(report["tasks"]) == {"same-chunk", "cross-chunk"}
+        assert list(report["tasks"]) == list(TASKS)
+        fields = ["accuracy", "n", "ci95", "agreement", "kl_first", "difference", "difference_ci95", "retention",
+                  "diverges_at", "f1", "f1_ids", "rouge_l", "subspan_em", "recall", "recomputed", "reused",
+                  "computed_share"]  # fmt: skip
         for arms in report["tasks"].values():
             assert list(arms) == ["full", "reuse", "heads", "auto"]
-            assert all(list(a) == ["accuracy", "n", "ci95", "agreement", "kl_first"] for a in arms.values())
+            assert all(list(a) == fields for a in arms.values())
 
     def test_eval_prints_a_table(self) -> None:
-        table = run("eval", "quality", "--questions", "1", "--selector", "auto").stdout
-        assert "| task | arm | accuracy |" in table
+        command = ["eval", "quality", "--questions", "1", "--selector", "auto", "--task", "cross-chunk", "two-hop"]
+        table = run(*command).stdout
+        assert "| task | arm | score |" in table
         assert "| cross-chunk | reuse |" in table
+        assert "| same-chunk |" not in table
+
+    def test_eval_asks_a_file_and_reports_of_several_runs(self, tmp_path: Path) -> None:
+        data, table = ROOT / "tests/app/questions.jsonl", tmp_path / "tables/table.md"
+        command = ["eval", "quality", "--data", data, "--questions", "2", "--style", "hotpotqa", "--prompt", "plain",
+                   "--compile", "prefix,neighbours",
+                   "--selector", "deviation(check=0,filter=gradual),heads"]  # fmt: skip
+        for name, first in (("a.jsonl", "0"), ("b.jsonl", "2")):
+            result = run(*command, "--out", tmp_path / name, "--first", first)
+            assert result.exit_code == 0, result.output
+        report = json.loads(
+            run("eval", "report", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", "--markdown", table).stdout
+        )
+        arms = report["tasks"]["questions"]
+        assert {a["n"] for a in arms.values()} == {3}
+        assert "deviation(check=0,filter=gradual)/neighbours" in arms
+        assert report["metric"] == "f1"
+        assert "| questions | heads/prefix |" in table.read_text()
 
     def test_bad_requests_show_their_value(self) -> None:
         assert "nonsense" in fails(1, "eval", "quality", "--selector", "nonsense")
         assert "sideways" in fails(1, "eval", "quality", "--compile", "sideways")
         assert "1.5" in fails(1, "eval", "quality", "--ratio", "1.5")
+        assert "riddle" in fails(1, "eval", "quality", "--task", "riddle")
+        assert "64-255" in fails(1, "eval", "quality", "--chunk-tokens", "64-255")
+        assert "haiku" in fails(1, "eval", "quality", "--data", "x.json", "--style", "haiku")
+        assert "x.json cannot be read" in fails(1, "eval", "quality", "--data", "x.json")
+        assert "--max-chunks" in fails(1, "eval", "quality", "--max-chunks", "3")
+        assert "two-hop" in fails(1, "eval", "quality", "--data", "x.json", "--task", "two-hop")
         assert "4096" in fails(1, "bench", "ttft", "--chunk", "4096", "--context", "512")
 
 
@@ -353,6 +404,7 @@ class TestDoctor:
         (["--r", "1", "2", "--x", "3"], ["--r", "1", "--r", "2", "--x", "3"]),
         (["--r=1", "2", "--x"], ["--r", "1", "--r", "2", "--x"]),
         (["--r", "1,2", "--r", "3"], ["--r", "1", "--r", "2", "--r", "3"]),
+        (["--r", "f(a=1,b=2)+g:0.5,h"], ["--r", "f(a=1,b=2)+g:0.5", "--r", "h"]),
         (["--r"], ["--r"]),
         (["--r", "--x"], ["--r", "--x"]),
         (["x", "--y", "z"], ["x", "--y", "z"]),

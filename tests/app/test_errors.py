@@ -92,6 +92,10 @@ async def test_a_body_that_is_no_json_object_is_told_so(empty_kit: Kit, body: by
         ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
         ({"rag": {"blend": {"mode": "fast"}}}, "rag.blend.mode"),
         ({"rag": {"blend": {"selector": "magic"}}}, "rag.blend.selector"),
+        ({"rag": {"blend": {"selector": "heads(rows=0)"}}}, "rag.blend.selector"),
+        ({"rag": {"blend": {"selector": "heads:0.6+question:0.6"}}}, "rag.blend.selector"),
+        ({"rag": {"blend": {"selector": "question(layers=1)"}}}, "rag.blend.selector"),  # the model has layer 0
+        ({"rag": {"blend": {"selector": "heads+" * 10_000}}}, "rag.blend.selector"),
         ({"rag": {"blend": {"recompute_ratio": 1.01}}}, "rag.blend.recompute_ratio"),
         ({"rag": {"max_num_results": 51}}, "rag.max_num_results"),
         ({"rag": {"max_context_tokens": 0}}, "rag.max_context_tokens"),

@@ -103,6 +103,23 @@ async def test_a_document_cut_anew_is_addressed_anew(kit: Kit) -> None:
     assert all(kit.engine.store.contains(r.ref.key) for r in found.results)
 
 
+async def test_a_hit_deleted_since_the_search_is_still_a_right_answer(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = kit.service.retriever
+    search = retriever.search
+
+    def search_and_delete(*args: Any, **options: Any) -> Any:
+        hits = search(*args, **options)
+        retriever.delete_document("doc-mara")
+        return hits
+
+    monkeypatch.setattr(retriever, "search", search_and_delete)
+    found = ground(kit)
+    assert [r.passage.document_id for r in found.results[:2]] == ["doc-mara"] * 2
+    assert "She was born in Eastford" in text_of(kit, found)
+
+
 async def test_documents_of_the_request_come_first_and_are_not_stored(kit: Kit) -> None:
     own = RequestDocument("mine", "Mine", "Eastford lies by the sea.")
     found = ground(kit, documents=(own,))

@@ -11,6 +11,8 @@ from app.errors import SettingsError, StartError
 from app.service import Service, tenant_salt
 from app.settings import load_settings
 
+from .conftest import OpenKit
+
 
 def test_the_environment_wins_over_the_file_and_a_flag_over_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +103,13 @@ async def test_an_unknown_model_folder_is_told_before_anything_is_loaded(tmp_pat
     with pytest.raises(StartError, match=r"no config\.json"):
         await Service.open(load_settings(model=str(tmp_path / "empty"), data_dir=tmp_path / "data"))
     assert not (tmp_path / "data").exists()
+
+
+async def test_a_selector_that_cannot_be_used_is_told_at_the_start(open_kit: OpenKit) -> None:
+    with pytest.raises(StartError, match=r"blend\.selector cannot be used: .*'heads' has no option 'row'"):
+        await open_kit(blend={"selector": "heads(row=1)"})
+    with pytest.raises(StartError, match=r"names layer 3; the model has layers 0 to 0"):
+        await open_kit(blend={"selector": "question(layers=3)"})
 
 
 def test_the_tenant_salt_is_made_once_and_only_for_its_owner(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from blend.engines import EngineConfig
 from blend.engines.transformers.model import Weights, load_weights
+from tests.blend.scene import Scene
 from tests.blend.served import Loop, Served, open_served
 from tests.blend.tiny import KINDS, NO_SYSTEM_TEMPLATE, TEMPLATE, Truth, write_model
 
@@ -121,3 +122,9 @@ def weights(tiny_model: Callable[[str], Path]) -> Callable[[str], Weights]:
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def scene(weights: Callable[[str], Weights]) -> Scene:
+    """A small request on the reference model, for tests of selectors."""
+    return Scene(weights("llama"))

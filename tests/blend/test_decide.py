@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from blend.decide import decide, full_stats
+from blend.decide import DEFAULT_RATIO, decide, full_stats, settle
+from blend.engines import EngineInfo
 from blend.types import BlendOptions, Prompt, Segment
-from store.types import KVKey
+from store.types import KVKey, KVLayout
+from tests.certificates import passing
 
 PREFIX, FIRST, SECOND = (KVKey(bytes([i]) * 32) for i in range(3))
+
+
+LAYOUT = KVLayout("0" * 64, 1, 1, 2, "float32", "none")
+CERTIFICATE = passing(EngineInfo("trivial", "1", "model", "cpu", LAYOUT, "bytes", 4096, 261))
 
 
 def prompt(prefix: int = 10, *chunks: int) -> Prompt:
@@ -23,7 +30,9 @@ def prompt(prefix: int = 10, *chunks: int) -> Prompt:
 
 
 def choose(mode: Any, held: set[KVKey], *chunks: int) -> tuple[str, str | None]:
-    return decide(prompt(10, *chunks), BlendOptions(mode), held.__contains__, min_context_tokens=64)
+    return decide(
+        prompt(10, *chunks), BlendOptions(mode), held.__contains__, min_context_tokens=64, certificate=CERTIFICATE
+    )
 
 
 def test_auto_blends_when_any_chunk_is_held() -> None:
@@ -41,6 +50,28 @@ def test_auto_prefills_in_full_and_says_why(held: set[KVKey], chunks: tuple[int,
 
 def test_the_limit_itself_blends() -> None:
     assert choose("auto", {FIRST}, 20, 34) == ("blend", None)
+
+
+def test_auto_prefills_a_model_without_a_certificate_in_full_and_says_so() -> None:
+    failed = replace(CERTIFICATE, passed=False, reasons=("agreement is 0.80, below 0.97", "and more"))
+    for certificate, said in ((None, "run `ragblend certify`"), (failed, "agreement is 0.80, below 0.97")):
+        found = decide(prompt(10, 40, 40), BlendOptions(), {FIRST}.__contains__, certificate=certificate)
+        assert found == ("full", f"model is not certified; {said}")
+
+
+@pytest.mark.parametrize("mode", ["blend", "reuse"])
+def test_whoever_asks_for_a_blend_needs_no_certificate(mode: Any) -> None:
+    assert decide(prompt(10, 40, 40), BlendOptions(mode), {FIRST}.__contains__) == (mode, None)
+
+
+def test_auto_is_what_the_certificate_says_where_nothing_else_was_asked_for() -> None:
+    passed = replace(CERTIFICATE, selector="question(layers=upper)", ratio=0.05)
+    assert settle("auto", "auto", None, passed) == BlendOptions("auto", "question(layers=upper)", 0.05)
+    assert settle("blend", "auto", 0.2, passed) == BlendOptions("blend", "question(layers=upper)", 0.2)
+    assert settle("auto", "heads", None, passed) == BlendOptions("auto", "heads", 0.05)
+    assert settle("auto", "auto", 0.0, passed).recompute_ratio == 0.0
+    for none in (None, replace(passed, passed=False, reasons=("no",))):
+        assert settle("auto", "auto", None, none) == BlendOptions("auto", "auto", DEFAULT_RATIO)
 
 
 @pytest.mark.parametrize("mode", ["full", "blend", "reuse"])

@@ -15,6 +15,12 @@ from blend.select import NAMES
 from tests.blend.served import OTHER_TENANT, TENANT, Served
 from tests.blend.tiny import sentence
 
+COMBINED = (
+    "heads(rows=1):0.3+deviation(filter=gradual,check=0|1)",
+    "deviation:0.5+question(fast=true):0.5",
+    "question(rounds=2,layers=1-2,anchors=0.4,pool=1,budget=chunks)",
+    "question(fast=true)",
+)
 TEXTS = [sentence(i, words) for i, words in enumerate((14, 9, 22, 5, 17, 11))]
 
 
@@ -243,7 +249,9 @@ def test_9_a_blend_leaves_nothing_in_the_exact_prefix_cache(engine: Served, trut
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["llama", "yarn", "phi3"])
-@pytest.mark.parametrize(("mode", "selector"), [("full", "auto"), ("reuse", "auto"), *(("blend", n) for n in NAMES)])
+@pytest.mark.parametrize(
+    ("mode", "selector"), [("full", "auto"), ("reuse", "auto"), *(("blend", n) for n in (*NAMES, *COMBINED))]
+)
 def test_10_the_engines_agree(engines: Callable[[str, str], Served], kind: str, mode: str, selector: str) -> None:
     answers = []
     for name in ("transformers", "vllm"):

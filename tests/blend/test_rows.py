@@ -11,9 +11,11 @@ from torch import Tensor
 
 from blend.engines.transformers.model import RowModel, Weights
 from blend.method import blend, compile_chunks, walk
+from blend.select import NAMES
 from blend.types import BlendOptions, CompileJob, Prompt, Segment
 from kernels.rotate import rotate
 from store import ChunkKV, KVKey, MemoryStore
+from tests.blend.scene import SPECS
 from tests.blend.tiny import KINDS
 
 CONTEXT = tuple(range(100, 107))
@@ -190,7 +192,7 @@ def test_5_a_blend_computes_the_question_on_the_repaired_cache(weights: Any, tru
     shelf = Shelf(weights())
     chunks = [tokens(n, n) for n in (25, 25 + 1, 25 + 2)]
     shelf.compile(*chunks)
-    for selector in ("none", "heads", "question", "auto", "deviation", "random"):
+    for selector in (*NAMES, *SPECS):
         prompt = shelf.prompt(chunks[::-1], tokens(8, 11))
         n = prompt.context_tokens
         k, v = planes(shelf.blend(prompt, "blend", selector=selector, recompute_ratio=0.3))
@@ -215,7 +217,7 @@ def test_rows_below_computed_are_left_alone(weights: Any) -> None:
     chunks = [tokens(20, 40 + i) for i in range(3)]
     shelf.compile(*chunks)
     prompt = shelf.prompt(chunks, tokens(5, 50))
-    for selector in ("none", "all", "heads", "question", "auto", "deviation", "random"):
+    for selector in (*NAMES, *SPECS):
         model = RowModel(weights(), len(prompt.token_ids))
         model.cache.k[:, :, :30] = 0.25
         model.cache.v[:, :, :30] = 0.5

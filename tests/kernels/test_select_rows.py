@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.select_rows import runs, select_rows
+from kernels.select_rows import rows_covering, runs, select_rows
 
 NAN, INF = float("nan"), float("inf")
 scores_strategy = st.lists(st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, NAN, INF, -INF]), max_size=40)
@@ -45,6 +45,34 @@ def test_it_equals_picking_one_by_one(scores: list[float], budget: int, data: st
     as_rows = torch.tensor(sorted(eligible), dtype=torch.int64)
     assert select_rows(tensor, budget, forced=forced_rows, eligible=as_rows).tolist() == want
     assert select_rows(tensor, budget).tolist() == naive(scores, budget, set(), set(range(len(scores))))
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0, -1.0]), max_size=30), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.data()
+)
+def test_covering_counts_the_fewest_rows(scores: list[float], part: float, data: st.DataObject) -> None:
+    """Small whole numbers: the sums are exact, so is the count."""
+    rows = range(len(scores))
+    forced = data.draw(st.sets(st.sampled_from(rows))) if scores else set()
+    eligible = data.draw(st.sets(st.sampled_from(rows))) if scores else set()
+    mass = [max(s, 0.0) for s in scores]
+    best = sorted((mass[r] for r in eligible - forced), reverse=True)
+    held = sum(mass[r] for r in forced)
+    total = held + sum(best)
+    want = next(n for n in range(len(best) + 1) if held + sum(best[:n]) >= part * total)
+    forced_rows, open_rows = (torch.tensor(sorted(x), dtype=torch.int64) for x in (forced, eligible))
+    assert rows_covering(torch.tensor(scores), part, forced=forced_rows, eligible=open_rows) == want
+
+
+def test_covering_needs_every_row_when_nothing_is_known() -> None:
+    for bad in (NAN, INF):
+        assert rows_covering(torch.tensor([1.0, bad, 3.0]), 0.1) == 3
+        assert rows_covering(torch.tensor([1.0, bad, 3.0]), 0.1, eligible=torch.tensor([0, 2])) == 1
+    for part in (-0.1, 1.1, NAN):
+        with pytest.raises(ValueError, match="part must be within"):
+            rows_covering(torch.ones(3), part)
+    with pytest.raises(ValueError, match="scores must be"):
+        rows_covering(torch.ones(3, 1), 0.5)
 
 
 def test_equal_scores_prefer_the_lower_row_at_any_size() -> None:

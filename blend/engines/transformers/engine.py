@@ -1,4 +1,4 @@
-"""The engine: requests take turns on one worker thread, token by token, in the order they came.
+"""The engine: requests take turns on one worker thread, token by token, by priority and then in the order they came.
 
 A request is a coroutine that asks the worker for its next token and yields it; nothing runs ahead of the client, and
 closing the iterator simply stops asking. What a request holds (its KV) dies with the coroutine.
@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from blend.certificate import Certificate
 from blend.decide import MIN_CONTEXT_TOKENS, decide, full_stats
 from blend.engines.base import EngineConfig, EngineInfo
 from blend.engines.transformers.decoding import Answer
 from blend.engines.transformers.model import RowModel, Weights, load_weights
+from blend.engines.transformers.turns import Turns
 from blend.errors import EngineError, PromptTooLongError
 from blend.fingerprint import tokenizer_fingerprint
 from blend.method import blend, compile_into, walk
@@ -65,6 +67,7 @@ def _open(config: EngineConfig) -> TransformersEngine:
         tokenizer=tokenizer_fingerprint(config.model),
         max_context=longest,
         vocab_size=weights.vocab_size,
+        max_logprobs=weights.vocab_size,
     )
     store = open_store(config.store, max_bytes=config.max_store_bytes)
     return TransformersEngine(config, weights, tokenizer, store, info)
@@ -76,24 +79,26 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig, weights: Weights, tokenizer: Any, store: KVStore, info: EngineInfo):
         self.info = info
         self.store = store
+        self.certificate: Certificate | None = None
         self._weights: Weights | None = weights
         self._tokenizer = tokenizer
         self._eos = _eos_ids(weights.net, tokenizer)
         self._min_context = int((config.options or {}).get("min_context_tokens", MIN_CONTEXT_TOKENS))
         self._seeds = torch.Generator().manual_seed(config.seed)
         self._worker = ThreadPoolExecutor(1, "ragblend-model")
-        self._open = asyncio.Semaphore(_slots(config, info))
+        self._turns = Turns(1)  # on the worker
+        self._open = Turns(_slots(config, info))
         self._queued = 0
         self._progress = time.monotonic()
         self._stopped = False
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         self._admit(request)
-        async with self._open:
-            run = await self._do(lambda weights: self._start(weights, request))
+        async with self._open.take(request.priority):
+            run = await self._do(lambda weights: self._start(weights, request), request.priority)
             stats: BlendStats | None = run.stats
             while not run.answer.finished:
-                delta = await self._do(lambda _: run.step())
+                delta = await self._do(lambda _: run.step(), request.priority)
                 if stats is not None:
                     delta, stats = replace(delta, stats=stats, cached_tokens=stats.reused), None
                 yield delta
@@ -129,7 +134,10 @@ class TransformersEngine:
         answer = Answer(sampling, self._tokenizer, self._eos, seed)
         model = RowModel(weights, len(prompt.token_ids) + sampling.max_tokens)
         last = len(prompt.token_ids) - 1
-        mode, why = decide(prompt, request.blend, self.store.contains, min_context_tokens=self._min_context)
+        mode, why = decide(
+            prompt, request.blend, self.store.contains,
+            min_context_tokens=self._min_context, certificate=self.certificate,
+        )  # fmt: skip
         if mode == "full":
             walk(model, torch.tensor(prompt.token_ids), torch.arange(last))
             stats = full_stats(prompt, why=why)
@@ -144,8 +152,8 @@ class TransformersEngine:
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    async def _do(self, work: Callable[[Weights], _T]) -> _T:
-        """Run ``work`` on the worker thread; torch's own failures become ``EngineError``."""
+    async def _do(self, work: Callable[[Weights], _T], priority: int = 0) -> _T:
+        """Run ``work`` on the worker thread when its turn has come; torch's own failures become ``EngineError``."""
 
         def task() -> _T:
             assert self._weights is not None  # stop() waits for the worker before it lets go of them
@@ -163,14 +171,17 @@ class TransformersEngine:
             self._progress = time.monotonic()
         self._queued += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, task)
+            async with self._turns.take(priority):
+                if self._stopped:  # while it waited
+                    raise EngineError("the engine is stopped")
+                return await asyncio.get_running_loop().run_in_executor(self._worker, task)
         finally:
             self._queued -= 1
 
     def _admit(self, request: Request) -> None:
         """Refuse what cannot run before it holds anything."""
         prompt, sampling = request.prompt, request.sampling
-        open_selector(request.blend.selector)
+        open_selector(request.blend.selector, layers=self.info.layout.layers)
         self._fits(len(prompt.token_ids), sampling.max_tokens)
         if sampling.max_tokens < 1:
             raise EngineError(f"max_tokens is {sampling.max_tokens}; an answer has at least one token")

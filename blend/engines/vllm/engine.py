@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blend.certificate import Certificate
 from blend.decide import decide, full_stats
 from blend.engines.base import EngineConfig, EngineInfo
 from blend.engines.vllm.compat import prepare_environment
@@ -39,6 +40,7 @@ class VllmEngine:
     """An ``Engine`` over ``AsyncLLM``. Make it with ``open``."""
 
     def __init__(self, llm: Any, info: EngineInfo, store: KVStore | None, min_context_tokens: int) -> None:
+        self.certificate: Certificate | None = None
         self._llm = llm
         self._info = info
         self._store = store
@@ -83,6 +85,7 @@ class VllmEngine:
             if error:
                 kind = UnsupportedModelError if error.startswith("UnsupportedModelError") else EngineError
                 raise kind(error.partition(": ")[2])
+            most = int(vllm_config.model_config.max_logprobs)  # -1: no limit
             info = EngineInfo(
                 name="vllm",
                 version=version,
@@ -92,6 +95,7 @@ class VllmEngine:
                 tokenizer=tokenizer,
                 max_context=int(vllm_config.model_config.max_model_len),
                 vocab_size=int(hf["vocab_size"]),
+                max_logprobs=int(hf["vocab_size"]) if most < 0 else most,
             )
             store = open_store(config.store, readonly=True) if config.store else None
         except BaseException:
@@ -113,7 +117,8 @@ class VllmEngine:
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         self._admit(request)
-        open_selector(request.blend.selector)  # an unknown name fails here, not in the worker
+        # What is wrong with a selector fails here, not in the worker.
+        open_selector(request.blend.selector, layers=self.info.layout.layers)
         stats: BlendStats | None = None
         params: dict[str, Any] | None = None
         mode, why = await self._decide(request)
@@ -126,13 +131,14 @@ class VllmEngine:
             # and select other rows than the first: the same question must get the same answer.
             salt = hashlib.sha256(salt + wire_id.encode()).digest()
         prompt = {"prompt_token_ids": list(request.prompt.token_ids), "cache_salt": salt.hex()}
-        stream = self._llm.generate(prompt, _sampling(request.sampling, params), wire_id)
+        sampling = _sampling(request.sampling, params)
+        stream = self._llm.generate(prompt, sampling, wire_id, priority=request.priority)
         self._running += 1
         self._progress = time.monotonic()
         try:
             async for output in _translated(stream):
                 self._progress = time.monotonic()
-                delta = _delta(output)
+                delta = _delta(output, request.sampling.logprobs or 0)
                 if stats is None:
                     cached = int(output.num_cached_tokens or 0)
                     stats = await self._stats(wire_id, request.prompt, mode, why, cached)
@@ -216,7 +222,10 @@ class VllmEngine:
 
     async def _decide(self, request: Request) -> tuple[Mode, str | None]:
         contains = self._store.contains if self._store else await self._worker_contains(request.prompt)
-        return decide(request.prompt, request.blend, contains, min_context_tokens=self._min_context_tokens)
+        return decide(
+            request.prompt, request.blend, contains,
+            min_context_tokens=self._min_context_tokens, certificate=self.certificate,
+        )  # fmt: skip
 
     async def _worker_contains(self, prompt: Prompt) -> Callable[[KVKey], bool]:
         """Look-up of the prompt's keys in a store that only the worker's memory holds."""
@@ -284,12 +293,14 @@ def _sampling(sampling: Sampling, params: dict[str, Any] | None) -> Any:
     )
 
 
-def _delta(output: Any) -> Delta:
+def _delta(output: Any, most: int) -> Delta:
+    """vLLM's output as ours, with the ``most`` likely tokens in order: its tables begin with the sampled one."""
     one = output.outputs[0]
     ids = tuple(int(t) for t in one.token_ids)
     logprobs = []
     for token, table in zip(ids, one.logprobs or (), strict=False):
-        top = tuple((int(i), lp.decoded_token or "", float(lp.logprob)) for i, lp in table.items())
+        best = sorted(((i, lp) for i, lp in table.items() if lp.rank <= most), key=lambda entry: entry[1].rank)
+        top = tuple((int(i), lp.decoded_token or "", float(lp.logprob)) for i, lp in best)
         own = table[token]
         logprobs.append(TokenLogprob(token, own.decoded_token or "", float(own.logprob), top))
     return Delta(one.text, ids, tuple(logprobs), one.finish_reason)
