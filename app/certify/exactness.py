@@ -33,8 +33,8 @@ from store.base import Miss
 from store.types import ChunkKV, KVLayout
 
 # Nats by which log-probabilities of likely tokens may differ, and the share of the largest K by which a rotated K may:
-# what rounding does over a whole model. Measured on the demo model: 0.24 nats (vLLM, bfloat16, compiled against layer by
-# layer) and 0.008 of K. Stale rows were off by 1.3 nats, mixed-up rows by 6.8, a turn by one position too many by 1.1.
+# what rounding does over a whole model. Measured on the demo model: 0.24 nats (vLLM in bfloat16, all at once and layer
+# by layer) and 0.008 of K. Stale rows were off by 1.3 nats, mixed-up rows by 6.8, one position too many by 1.1 of K.
 LOGPROB_NOISE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 K_NOISE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
 LIKELY = math.log(1e-3)
@@ -165,7 +165,7 @@ async def full_recompute(ground: Ground) -> list[Check]:
         worst, left = max(worst, full.distance(again)), max(left, again.reused)
     detail = f"nats between ratio 1.0 and full prefill, {len(orders)} prompts"
     return [
-        _check("every-row", left, 0.0, "context rows that ratio 1.0 did not recompute"),
+        _check("every-row", float(left), 0.0, "context rows that ratio 1.0 did not recompute"),
         _check("full-recompute", worst, LOGPROB_NOISE[ground.kv.dtype], detail),
     ]
 

@@ -52,6 +52,7 @@ class _Step:
     rows: Tensor
     positions: tuple[Tensor, Tensor]
     stops: tuple[int, ...]  # per block of rows, one past its last row
+    whole: bool  # rows 0 .. R - 1, so that causal attention needs no mask
 
 
 class _Cache:
@@ -88,7 +89,8 @@ class RowModel:
         stops = tuple(int(block[-1]) + 1 for block in rows.split(_BLOCK) if block.numel())
         there = rows.to(self.weights.device)
         like = torch.empty(0, dtype=self.layout.torch_dtype, device=self.weights.device)
-        return _Step(self.cache, there, self.weights.net.model.rotary_emb(like, there[None]), stops)
+        whole = bool(stops) and stops[-1] == rows.numel()  # they ascend
+        return _Step(self.cache, there, self.weights.net.model.rotary_emb(like, there[None]), stops, whole)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         hidden: Tensor = self.weights.net.get_input_embeddings()(token_ids.to(self.weights.device))
@@ -137,6 +139,9 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     Each row sees the keys up to its own position. Keys beyond a block's last row are cut off, not masked.
     """
     blend_step.cache.q = query
+    if blend_step.whole:  # torch's causal attention is twice as fast as one with a mask
+        k, v = (x[:, :, : query.shape[2]] for x in (key, value))
+        return sdpa_attention_forward(module, query, k, v, None, scaling=scaling, is_causal=True)[0], None
     out = []
     blocks = zip(query.split(_BLOCK, dim=2), blend_step.rows.split(_BLOCK), blend_step.stops, strict=True)
     for q, rows, stop in blocks:
