@@ -19,6 +19,7 @@ OTHERS = {
     "scripts/lock.sh": "Resolve requirements/*.txt anew (needs uv).",
     "scripts/setup.sh": "Make .venv ready: torch first, then the hash-pinned lock, then this project.",
     "blend/README.md": "The maths, and the papers' names mapped to ours.",
+    "tests/app/questions.jsonl": "Three questions in CacheBlend's form.",
 }
 
 

@@ -1,10 +1,10 @@
 """Other papers' repairs on our questions: patches, shifts and half repairs against recomputing the same rows.
 
-Every arm starts from KV compiled behind the prefix only (the hard case), gets the same selected rows, and answers the same
-questions; `full` and `document` bound it from above. Results go to LOG.md by hand, negative ones too.
+Every arm starts from KV compiled behind the prefix only (the hard case), gets the same selected rows, and answers the
+same questions; `full` and `document` bound it from above. Results go to LOG.md by hand, negative ones too.
 
-    low rank     Kamera (arXiv 2606.23581): KV behind the document minus KV alone, kept as a patch of rank m per chunk and layer
-    shift        AgentKVShift (2607.21604), KVCOMM (2510.12872): the selected rows' mean change, added to the other rows of the chunk
+    low rank     Kamera (arXiv 2606.23581): KV behind the document minus KV alone, a patch of rank m by chunk and layer
+    shift        AgentKVShift (2607.21604), KVCOMM (2510.12872): the selected rows' mean change, added to the other rows
     K only, V only   the selected rows' fresh keys, or fresh values, with the stored other half
 """
 
@@ -118,7 +118,7 @@ def recompute(fused: Fused, rows: Tensor) -> None:
 
 
 def half(which: str) -> Repair:
-    """Only the rows' keys (``k``) or only their values (``v``) are replaced; the question runs again on what is left."""
+    """Only the rows' keys (``k``) or only their values (``v``) are replaced; then the question runs again."""
 
     def repair(fused: Fused, rows: Tensor) -> None:
         k, v = fresh(fused, rows)
@@ -136,7 +136,7 @@ def half(which: str) -> Repair:
 
 
 def shift(weight: float) -> Repair:
-    """``weight`` x the mean change of a chunk's selected rows goes to its other rows, per layer, K and V apart.
+    """``weight`` x the mean change of a chunk's selected rows goes to its other rows, K and V apart, by layer.
 
     K is shifted as it stands, rotated: rows of one chunk are near one another, so this is AgentKVShift's mean up to the
     rotation between them (the slow frequencies, which carry content, hardly turn).
@@ -164,7 +164,7 @@ def shift(weight: float) -> Repair:
 
 
 def patch(rank: int, behind: Tensor, values: Tensor) -> Repair:
-    """Stored KV plus the rank-``rank`` part of (KV behind the document - KV alone), per chunk and layer; no row recomputed.
+    """Stored KV plus the rank-``rank`` part of (KV behind the document - KV alone), by chunk and layer.
 
     ``behind``, ``values`` [L, N, H, D]: K and V compiled behind the document, at the prompt's positions. With rotation
     undone the change of K would be a little lower in rank; within a chunk of some hundred rows it hardly matters.

@@ -101,10 +101,11 @@ def pooled(report: dict[str, Any], selector: str, ratio: float, arm: str, tasks:
 def least_ratio(trials: Sequence[Trial], floor: float) -> float | None:
     """The smallest ratio that agrees often enough and loses no score, as do all larger ones; ``None`` if none does.
 
-    A ratio that does well below one that does not was lucky.
+    A ratio that does well below one that does not was lucky. Never 0: these questions have whole documents behind them,
+    and a request may bring passages whose KV has read nothing.
     """
     found: float | None = None
-    for t in sorted((t for t in trials if t.task == ALL_TASKS), key=lambda t: -t.ratio):
+    for t in sorted((t for t in trials if t.task == ALL_TASKS and t.ratio > 0), key=lambda t: -t.ratio):
         if t.agreement < floor or _lost(t) > MOST_LOST:
             break
         found = t.ratio

@@ -18,7 +18,7 @@ from blend.select.spec import PartSpec, parse, read_options
 
 __all__ = ["AUTO", "NAMES", "Selection", "Selector", "open_selector"]
 
-AUTO = "heads(rows=1)+question"
+AUTO = "question(pool=1)"
 """What ``auto`` stands for where no certificate says otherwise: chosen by measurement, see ``LOG.md``."""
 
 NAMES = ("auto", "none", "all", "deviation", "heads", "question", "random", "oracle")
