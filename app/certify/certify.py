@@ -17,7 +17,7 @@ from app.evaluate.errors import EvaluationError
 from app.evaluate.plan import FULL, Arm, Plan
 from app.evaluate.quality import run_quality
 from app.settings import CompileSettings
-from blend.certificate import Calibration, Certificate, Trial
+from blend.certificate import Calibration, Certificate, Check, Trial
 from blend.engines import Engine
 from blend.select import AUTO
 
@@ -50,6 +50,7 @@ async def certify(
     plan: Plan,
     *,
     compile: str,
+    checks: tuple[Check, ...] | None = None,
     floor: float = FLOOR,
     embed: Embed | None = None,
     out: Path | None = None,
@@ -57,11 +58,13 @@ async def certify(
 ) -> Certificate:
     """Check and measure the model of ``engine``; the certificate says whether it passed, and if not, why.
 
-    ``compile`` names the plan's compile context (``compiled_behind``); ``embed``, ``out``: see ``run_quality``. Raises
+    ``compile`` names the plan's compile context (``compiled_behind``). ``checks`` were made on an engine of the same
+    model whose store can be read; None: this one's can. ``embed``, ``out``: see ``run_quality``. Raises
     ``CertificateError``, ``EvaluationError`` and what the engine raises.
     """
     info = engine.info
-    checks = await check_exactness(engine, tokenizer, seed=plan.seed, progress=progress)
+    if checks is None:
+        checks = await check_exactness(engine, tokenizer, seed=plan.seed, progress=progress)
     reasons = failures(checks)
     tried: tuple[Trial, ...] = ()
     trials: tuple[Trial, ...] = ()

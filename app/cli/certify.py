@@ -86,7 +86,7 @@ async def _certify(
 ) -> tuple[Certificate, list[Path]]:
     from app.bench.workbench import load_tokenizer, throwaway_engine
     from app.certify.certify import certify as run
-    from app.certify.exactness import CHECKS
+    from app.certify.exactness import CHECKS, check_exactness
     from app.certify.lookup import compiled_behind, in_data, in_model
     from blend.certificate import write
 
@@ -97,13 +97,18 @@ async def _certify(
         embed = open_embedder(settings.embedder).embed
     if out:
         note(f"certify: answers go to {out}; run the same command again to go on after an interruption")
-    async with throwaway_engine(settings, options=settings.engine_options, in_memory=True) as engine:
-        info, tokenizer = engine.info, load_tokenizer(settings.model)
-        note(f"certify: {settings.model} in {info.layout.dtype} on {info.name} {info.version}, {info.device}")
-        with Meter("certify", len(CHECKS) + len(plan.indices) * len(plan.source.tasks)) as meter:
+    tokenizer, options = load_tokenizer(settings.model), settings.engine_options
+    with Meter("certify", len(CHECKS) + len(plan.indices) * len(plan.source.tasks)) as meter:
+        # Exactness looks into the store, so it lies in a folder; the many chunks of the calibration come and go, so
+        # theirs is one that drops the oldest, which with vLLM nobody outside its worker can read.
+        async with throwaway_engine(settings, options=options) as engine:
+            info = engine.info
+            note(f"certify: {settings.model} in {info.layout.dtype} on {info.name} {info.version}, {info.device}")
+            checks = await check_exactness(engine, tokenizer, seed=plan.seed, progress=lambda text: meter(text))
+        async with throwaway_engine(settings, options=options, in_memory=True) as engine:
             certificate = await run(
-                engine, tokenizer, plan, compile=compiled_behind(settings.compile), floor=floor, embed=embed, out=out,
-                progress=lambda text: meter(text),
+                engine, tokenizer, plan, compile=compiled_behind(settings.compile), checks=checks, floor=floor,
+                embed=embed, out=out, progress=lambda text: meter(text),
             )  # fmt: skip
     places = [in_data(settings.data_dir, info.layout)]
     if into_model:
