@@ -66,7 +66,9 @@ class KeyMaker:
         for start, stop in self._windows(chunks):
             before: tuple[int, ...] = self.prefix + _join(chunks[start : len(refs)])
             for i in range(len(refs), stop):
-                refs.append(ChunkRef(names[i], chunks[i], self._key(before, chunks[i]), self.source(names[i])))
+                after = refs[-1].key if i > start else None
+                key = self._key(before, chunks[i])
+                refs.append(ChunkRef(names[i], chunks[i], key, self.source(names[i]), after=after))
                 before = self.prefix if self.context == "prefix" else before + chunks[i]
         return refs
 

@@ -35,6 +35,7 @@ class ChunkRef:
     """One chunk ready for a prompt: the caller's ``name``, its ids, and where its KV is stored.
 
     ``behind``: the neighbours it is compiled behind, the nearest last; only in the compile context ``neighbours``.
+    ``after``: the chunk of its document that it is compiled right behind; only in the compile context ``document``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ChunkRef:
     key: KVKey
     source: bytes
     behind: tuple[tuple[int, ...], ...] = ()
+    after: KVKey | None = None
 
 
 class PromptLayout:
@@ -72,8 +74,12 @@ class PromptLayout:
         """Prefix, then ``chunks`` in the given order, then ``messages``. ``prefix`` addresses the prefix's own KV."""
         segments = [Segment("prefix", 0, len(self.prefix), prefix.key, prefix.source, "prefix")]
         ids = list(self.prefix)
+        read: set[KVKey] = set()  # chunks whose whole compile context stands before them
         for c in chunks:
-            segments.append(Segment("chunk", len(ids), len(ids) + len(c.token_ids), c.key, c.source, c.name))
+            lacking = c.after is not None and c.after not in read
+            if not lacking:
+                read.add(c.key)
+            segments.append(Segment("chunk", len(ids), len(ids) + len(c.token_ids), c.key, c.source, c.name, lacking))
             ids.extend(c.token_ids)
         before, question = self._split(messages)
         if before != self.prefix:

@@ -19,7 +19,8 @@ class Segment:
     """A run of prompt rows ``start <= row < stop``.
 
     ``key`` addresses its stored KV (``None`` for the question: it is always computed); ``source`` is the store's
-    model-independent name of the chunk, ``name`` the caller's id (a chunk id), for reports only.
+    model-independent name of the chunk, ``name`` the caller's id (a chunk id), for reports only. ``lacking``: its KV
+    was compiled behind chunks of its document that do not stand before it here, so it knows more than the prompt says.
     """
 
     kind: SegmentKind
@@ -28,6 +29,7 @@ class Segment:
     key: KVKey | None = None
     source: bytes = b""
     name: str = ""
+    lacking: bool = False
 
     @property
     def tokens(self) -> int:

@@ -116,13 +116,17 @@ def count(args: argparse.Namespace, documents: int, share: int) -> Counter[Any]:
     evaluator = Evaluator(args.model)
     counted: Counter[Any] = Counter()
     shape = {"documents": documents, "chunks": args.chunks, "chunk_tokens": tuple(args.chunk_tokens)}
-    for seed in range(args.first_seed + share, args.first_seed + args.questions, args.jobs):
+    seeds = range(args.first_seed + share, args.first_seed + args.questions, args.jobs)
+    for done, seed in enumerate(seeds, 1):
         for task in args.tasks:
             example = make_example(EVAL_SEEDS[seed], task=task, **shape)
             for arm in args.arms:
                 cache = evaluator.context(example, arm)
                 counted["rows"] += cache.get_seq_length()
                 counted[task, arm] += evaluator.answer(example.question, cache) == example.question.answer
+        if done % 20 == 0:
+            so_far = {f"{t} {arm}": counted[t, arm] for t in args.tasks for arm in args.arms}
+            print(f"share {share}: right after {done} of {len(seeds)} contexts: {so_far}", file=sys.stderr, flush=True)
     return counted
 
 

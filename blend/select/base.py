@@ -77,15 +77,15 @@ class Plain:
     ends = False
 
 
-def eligible(state: Blend, chosen: Tensor | None = None) -> Tensor:
+def eligible(state: Blend, chosen: Tensor | None = None, *, keep: bool = False) -> Tensor:
     """[N] bool: loaded chunk rows that are not ``chosen`` [R] yet.
 
-    Missing rows are computed anyway; the prefix is exact where it stands.
+    Missing rows are computed anyway; the prefix is exact where it stands. ``keep``: nor rows of ``lacking`` chunks.
     """
     mask = state.loaded.present.clone()
     mask[: state.computed] = False
     for segment in state.prompt.segments:
-        if segment.kind == "prefix":
+        if segment.kind == "prefix" or (keep and segment.lacking):
             mask[segment.start : segment.stop] = False
     if chosen is not None:
         mask[chosen] = False

@@ -34,7 +34,7 @@ class Question:
     ``layers``: whose attention counts. ``pool``: a row scores the best of that many rows on either side. ``rounds``: 2
     spends half the budget, repairs those rows, and asks again. ``anchors``: only this share of each chunk is scored.
     ``budget``: one for all, or one for each chunk by its mass. ``fast``: the question alone, last layer. ``threshold``:
-    no more rows than hold this share of the mass.
+    no more rows than hold this share of the mass. ``keep``: leave chunks alone that know more than the prompt says.
     """
 
     OPTIONS: ClassVar[Mapping[str, Convert]] = {
@@ -45,6 +45,7 @@ class Question:
         "budget": one_of("global", "chunks"),
         "fast": flag,
         "threshold": share,
+        "keep": flag,
     }
     ends = False
 
@@ -55,6 +56,7 @@ class Question:
     budget: Literal["global", "chunks"] = "global"
     fast: bool = False
     threshold: float = 1.0
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if self.fast and (self.layers.text not in ("all", "last") or self.rounds != 1):
@@ -68,7 +70,7 @@ class Question:
         before = chosen.rows.numel()
         for i in range(self.rounds):
             most = before + budget * (i + 1) // self.rounds
-            ok = eligible(state, chosen.rows)
+            ok = eligible(state, chosen.rows, keep=self.keep)
             if state.question_rows.numel() and most > chosen.rows.numel() and bool(ok.any()):
                 scores = self._score(state, chosen.rows)
                 chosen = chosen.add(self._best(state, scores, chosen.rows, ok, most - chosen.rows.numel()))

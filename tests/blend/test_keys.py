@@ -190,3 +190,12 @@ def test_neighbours_are_read_in_their_own_context_only(context: str) -> None:
     chunks = [(4, 5), (6, 7)]
     keys = maker(context)
     assert keys.document(names(chunks), chunks) == keys.document(names(chunks), chunks, behind(chunks))
+
+
+def test_a_chunk_names_the_one_that_it_is_compiled_right_behind() -> None:
+    chunks = [(1, 2), (3,), (4, 5, 6)]
+    refs = maker(context="document").document(names(chunks), chunks)
+    assert [r.after for r in refs] == [None, refs[0].key, refs[1].key]
+    assert [r.after for r in maker(context="prefix").document(names(chunks), chunks)] == [None] * 3
+    tight = maker(context="document", budget=1).document(names(chunks), chunks)
+    assert [r.after for r in tight] == [None] * 3  # no room for a context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,17 @@ def test_a_template_that_puts_the_system_text_last_is_refused(tiny_model: Callab
     tokenizer.chat_template = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(TemplateError, match="in front"):
         PromptLayout(tokenizer)
+
+
+def test_a_chunk_lacks_what_it_was_compiled_behind_unless_all_of_it_stands_before_it(layout: PromptLayout) -> None:
+    first, second, third = (ref(layout, text, text) for text in "abc")
+    second, third = replace(second, after=first.key), replace(third, after=second.key)
+
+    def lacking(*chunks: ChunkRef) -> list[bool]:
+        return [s.lacking for s in build(layout, list(chunks), user("x")).segments if s.kind == "chunk"]
+
+    assert lacking(first, second, third) == [False, False, False]
+    assert lacking(second, third) == [True, True]
+    assert lacking(first, third) == [False, True]
+    assert lacking(third, first, second) == [True, False, False]
+    assert lacking(first, first, second, second) == [False] * 4

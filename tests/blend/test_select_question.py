@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,3 +223,11 @@ def test_chunk_budgets_keep_a_quiet_chunk_in(scene: Scene) -> None:
     assert sum(rows["question"]) == sum(rows["question(budget=chunks)"]) == 12
     assert rows["question(budget=chunks)"][0] > rows["question"][0]
     assert MISSING not in CHUNKS
+
+
+def test_keep_leaves_what_knows_more_than_the_prompt_alone(scene: Scene) -> None:
+    segments = [replace(s, lacking=s.name == "4") for s in scene.prompt.segments]
+    scene.prompt = replace(scene.prompt, segments=tuple(segments))
+    everything, kept = chosen(scene, "question", 30), chosen(scene, "question(keep=true)", 30)
+    assert set(everything) & set(CHUNKS[4])
+    assert set(kept) == {*CHUNKS[1], *CHUNKS[2]}  # what is left of the budget stays unspent

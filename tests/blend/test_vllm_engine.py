@@ -67,7 +67,11 @@ def test_the_wire_keeps_everything() -> None:
     key = KVKey(bytes(range(32)))
     prompt = Prompt(
         (5, 6, 7, 8),
-        (Segment("prefix", 0, 1, key, b"p" * 32, "prefix"), Segment("chunk", 1, 3), Segment("question", 3, 4)),
+        (
+            Segment("prefix", 0, 1, key, b"p" * 32, "prefix"),
+            Segment("chunk", 1, 3, lacking=True),
+            Segment("question", 3, 4),
+        ),
     )
     options = BlendOptions("blend", "heads", 0.25)
     assert unpack_blend(_json(pack_blend("id", prompt, options)), prompt.token_ids) == (prompt, options)

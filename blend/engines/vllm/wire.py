@@ -18,15 +18,16 @@ def pack_blend(id: str, prompt: Prompt, options: BlendOptions) -> dict[str, Any]
         "context": prompt.context_tokens,
         "options": [options.mode, options.selector, options.recompute_ratio],
         "segments": [
-            [s.kind, s.start, s.stop, s.key.hex if s.key else "", s.source.hex(), s.name] for s in prompt.segments
+            [s.kind, s.start, s.stop, s.key.hex if s.key else "", s.source.hex(), s.name, s.lacking]
+            for s in prompt.segments
         ],
     }
 
 
 def unpack_blend(wire: dict[str, Any], token_ids: tuple[int, ...]) -> tuple[Prompt, BlendOptions]:
     segments = tuple(
-        Segment(kind, start, stop, KVKey.from_hex(key) if key else None, bytes.fromhex(source), name)
-        for kind, start, stop, key, source, name in wire["segments"]
+        Segment(kind, start, stop, KVKey.from_hex(key) if key else None, bytes.fromhex(source), name, lacking)
+        for kind, start, stop, key, source, name, lacking in wire["segments"]
     )
     return Prompt(token_ids, segments), BlendOptions(*wire["options"])
 
