@@ -97,12 +97,12 @@ async def _certify(
         embed = open_embedder(settings.embedder).embed
     if out:
         note(f"certify: answers go to {out}; run the same command again to go on after an interruption")
-    tokenizer, options = load_tokenizer(settings.model), settings.engine_options
+    options = settings.engine_options
     with Meter("certify", len(CHECKS) + len(plan.indices) * len(plan.source.tasks)) as meter:
         # Exactness looks into the store, so it lies in a folder; the many chunks of the calibration come and go, so
         # theirs is one that drops the oldest, which with vLLM nobody outside its worker can read.
         async with throwaway_engine(settings, options=options) as engine:
-            info = engine.info
+            info, tokenizer = engine.info, load_tokenizer(settings.model)
             note(f"certify: {settings.model} in {info.layout.dtype} on {info.name} {info.version}, {info.device}")
             checks = await check_exactness(engine, tokenizer, seed=plan.seed, progress=lambda text: meter(text))
         async with throwaway_engine(settings, options=options, in_memory=True) as engine:

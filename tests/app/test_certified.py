@@ -1,4 +1,4 @@
-"""``auto`` goes by the certificate that is found; the commands make one and show it."""
+"""``auto`` goes by the certificate that is found; the commands write one and show it."""
 
 from __future__ import annotations
 
