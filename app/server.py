@@ -77,8 +77,15 @@ class _Server(uvicorn.Server):
     """Leaves signals to ``serve``: uvicorn raises them again when it is done, and SIGTERM would end the process
     before the engine's own processes are stopped."""
 
+    announcement = ""
+
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Who reads the announcement may connect: it comes when the server listens."""
+        await super().startup(sockets)
+        log.info("%s", self.announcement)
 
 
 async def serve(settings: Settings, *, prepare: Prepare | None = None) -> None:
@@ -103,7 +110,8 @@ async def serve(settings: Settings, *, prepare: Prepare | None = None) -> None:
             )  # fmt: skip
             server = _Server(config)
             host, port = listener.getsockname()[:2]
-            log.info("serving %s on http://%s:%s", settings.served_name, f"[{host}]" if ":" in host else host, port)
+            shown = f"[{host}]" if ":" in host else host
+            server.announcement = f"serving {settings.served_name} on http://{shown}:{port}"
             await server.serve(sockets=[listener])
         finally:
             await service.close()

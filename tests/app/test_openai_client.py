@@ -202,8 +202,12 @@ def test_sigterm_stops_the_server_in_order(tmp_path: Path) -> None:
         cwd=model.parents[1], env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stderr is not None
-    address = next(line.split()[-1] for line in server.stderr if " on http://" in line)
-    assert httpx.get(address + "/livez").status_code == 200
-    server.terminate()
-    assert server.wait(20) == 0
-    server.stderr.close()
+    try:
+        address = next(line.split()[-1] for line in server.stderr if " on http://" in line)
+        assert httpx.get(address + "/livez").status_code == 200
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
