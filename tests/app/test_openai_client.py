@@ -206,7 +206,7 @@ def test_sigterm_stops_the_server_in_order(tmp_path: Path) -> None:
         address = next(line.split()[-1] for line in server.stderr if " on http://" in line)
         assert httpx.get(address + "/livez").status_code == 200
         server.terminate()
-        assert server.wait(60) == 0
+        assert server.wait(20) == 0
     finally:
         server.kill()
         server.wait()
