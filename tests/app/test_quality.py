@@ -22,6 +22,8 @@ from blend.engines import EngineConfig, open_engine
 
 DEMO = str(Path(__file__).parents[2] / "models/demo")
 SAME, CROSS = "same-chunk", "cross-chunk"
+CLAIMED = ("two-hop", "comparison", "aggregation", "distractors", "repeated")
+UNKNOWABLE, KEEP = "antecedent-missing", "question(pool=1,keep=true)"
 RATIOS = (0.0, 0.05, 0.1, 0.25, 1.0)
 QUESTIONS = 20
 OTHER_ORDERS = ((2, 0, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2), (0, 2, 1))
@@ -59,12 +61,12 @@ def test_the_questions_show_what_blending_is_for(tasks: dict[str, Any]) -> None:
 
 
 def test_a_tenth_recomputed_gives_back_what_reuse_loses(tasks: dict[str, Any]) -> None:
-    """Within two questions of twenty on the questions that are lost, whichever they are."""
+    """Within one question of twenty."""
     for task in (SAME, CROSS):
         auto = tasks[task]["auto@0.1"]
-        assert auto["recomputed"] <= 0.1
-        assert auto["difference"] >= -0.1
-        assert auto["agreement"] >= 0.9
+        assert auto["recomputed"] <= auto["computed_share"] <= 0.1
+        assert auto["difference"] >= -0.05
+        assert auto["agreement"] >= 0.95
 
 
 def test_more_budget_never_hurts_by_more_than_noise(tasks: dict[str, Any]) -> None:
@@ -101,7 +103,49 @@ def test_random_rows_never_beat_auto(tasks: dict[str, Any]) -> None:
             tasks[task][f"auto@{ratio:g}"]["kl_first"] for task in (SAME, CROSS)
         )
     chosen, drawn = (tasks[CROSS][f"{selector}@0.1"]["accuracy"] for selector in ("auto", "random"))
-    assert chosen - drawn >= 0.3, "the rows would not have to be chosen"
+    assert chosen - drawn >= 0.4, "the rows would not have to be chosen"
+
+
+@pytest.fixture(scope="module")
+def document_tasks() -> dict[str, Any]:
+    """The model's other tasks, chunks compiled behind their document and alone, eight documents."""
+
+    async def ask() -> dict[str, Any]:
+        arms = make_arms(["auto", KEEP], [0.1])
+        asked = Plan(
+            arms, seed=3, questions=8, documents=8, tasks=(*CLAIMED, UNKNOWABLE), compile=("document", "prefix")
+        )
+        engine = await open_engine("transformers", EngineConfig(DEMO, None))
+        try:
+            return await run_quality(engine, load_tokenizer(DEMO), asked)
+        finally:
+            await engine.stop()
+
+    found: dict[str, Any] = asyncio.run(ask())["tasks"]
+    return found
+
+
+def test_every_claimed_task_is_answered_by_full_prefill_and_by_auto(document_tasks: dict[str, Any]) -> None:
+    """Eight questions each: one may be lost, and over all tasks two may be answered otherwise."""
+    differ = 0.0
+    for task in CLAIMED:
+        found = document_tasks[task]
+        assert found["full"]["accuracy"] >= 7 / 8, task
+        for compile in ("document", "prefix"):
+            auto = found[f"auto/{compile}"]
+            assert auto["difference"] >= -1 / 8, (task, compile)
+            differ += auto["n"] * (1 - auto["agreement"])
+    assert differ <= 2 + 1e-9
+    lost = sum(document_tasks[task]["reuse/prefix"]["difference"] for task in CLAIMED)
+    assert lost <= -0.3 * len(CLAIMED), "reuse loses nothing here; this test shows nothing"
+
+
+def test_kv_that_knows_more_than_the_prompt_answers_what_full_prefill_cannot(document_tasks: dict[str, Any]) -> None:
+    found = document_tasks[UNKNOWABLE]
+    assert found[f"{KEEP}/document"]["accuracy"] >= 7 / 8
+    assert found[f"{KEEP}/document"]["recomputed"] > 0.05, "it kept everything, as reuse does"
+    for arm in ("full", "auto/document", f"{KEEP}/prefix"):
+        assert found[arm]["accuracy"] <= 0.5, arm
 
 
 async def test_the_order_of_documents_matters_to_a_blend_no_more_than_to_full_prefill() -> None:
