@@ -57,6 +57,7 @@ class Chat:
         self.stats: BlendStats | None = None
         self.cached: int | None = None
         self.ttft_ms: float | None = None
+        self.begin, self.alone = time.perf_counter(), service.traffic.running == 1 and len(call.requests) == 1
         self.watch = service.guard.watch(call)
         requests = call.requests if self.watch is None else (self.watch.request, *call.requests[1:])
         self.generation = Generation(service.engine, requests, service.settings.limits.request_s)
@@ -78,6 +79,9 @@ class Chat:
             self.ttft_ms = round(seconds * 1000, 3)
             path = delta.stats.mode if delta.stats and self.call.grounding else "plain"
             self.service.metrics.ttft.labels(path).observe(seconds)
+            if path == "full" and self.alone and self.service.traffic.running == 1:
+                computed = len(self.call.prompt.token_ids) - (delta.cached_tokens or 0)
+                self.service.metrics.prefill.saw_full(computed, time.perf_counter() - self.begin)
         if delta.stats is not None and self.call.grounding is not None:
             if self.stats is None:
                 self.stats = delta.stats

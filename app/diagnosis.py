@@ -184,7 +184,9 @@ def _certificate(settings: Settings) -> Iterator[Check]:
         return
     advice = f"ragblend certify --model {settings.model}"
     try:
-        found = find_all(settings.data_dir, settings.model, compiled_behind(settings.compile), settings.dtype)
+        found = find_all(
+            settings.data_dir, settings.model, compiled_behind(settings.compile), settings.store.codec, settings.dtype
+        )
     except BlendError:  # a model that cannot be served: the check above has told
         return
     if not found:
@@ -242,7 +244,7 @@ def _store(settings: Settings) -> Iterator[Check]:
         yield Check("store", "ok", "empty")
         return
     try:
-        store = open_store(settings.store_dir, readonly=True)
+        store = open_store(settings.store_config.reading())
         try:
             stats = store.stats()
         finally:

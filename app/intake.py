@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from blend.decide import settle
 from blend.select import open_selector
 from blend.types import BlendOptions, Prompt, Request, Sampling
 from retriever.search import Mode
+from store.errors import StoreError
 
 if TYPE_CHECKING:
     from app.service import Service
     from app.settings import Limits, Settings
 
+log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 256
 _OPENAI_RANKERS = ("none", "auto", "default-2024-08-21", "default-2024-11-15")
 _HARMLESS: dict[str, tuple[Any, ...]] = {  # values that ask for nothing we lack
@@ -88,6 +91,8 @@ async def prepare(service: Service, body: ChatRequest) -> Call:
         grounding = await asyncio.to_thread(service.rag.ground, messages, query, max_tokens)
         prompt = grounding.prompt
         blend, guarded = service.guard.adjust(blend, grounding.collections)
+        if settings.store.prefetch and blend.mode != "full" and not (body.rag and body.rag.dry_run):
+            await asyncio.to_thread(_prefetch, service, prompt)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     requests = tuple(
         Request(f"{call_id}-{i}", prompt, _sampling(body, max_tokens, i), blend, service.tenant_salt)
@@ -95,6 +100,14 @@ async def prepare(service: Service, body: ChatRequest) -> Call:
     )
     question = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
     return Call(call_id, begin, int(time.time()), body, question, prompt, grounding, blend, guarded, requests)
+
+
+def _prefetch(service: Service, prompt: Prompt) -> None:
+    """Fetch the chunks' KV ahead of the engine's turn: from here on it comes from the device while requests queue."""
+    try:
+        service.engine.store.prefetch([s.key for s in prompt.segments if s.key is not None])
+    except StoreError as e:
+        log.warning("prefetch failed, the chunks are read when their turn comes: %s", e)
 
 
 def resolve_model(name: str, served: str) -> str | None:

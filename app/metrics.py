@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from app.saving import PrefillRate
+from app.store_metrics import StoreMetrics
 from blend.types import BlendStats
+from store.types import MissReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MOST_COLLECTIONS = 100  # clients make collections: further ones share the label "other"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
+_LOAD_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
@@ -18,6 +23,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = r = registry or CollectorRegistry()
+        self.store = StoreMetrics(r)
+        self.prefill = PrefillRate()
         self.requests = Counter("ragblend_requests", "Answered HTTP requests.", ["route", "status"], registry=r)
         self.ttft = Histogram(
             "ragblend_ttft_seconds", "Request to first token.", ["path"], buckets=_SECONDS, registry=r
@@ -26,11 +33,39 @@ class Metrics:
         self.lookups = Counter(
             "ragblend_chunk_lookups", "Chunks looked up in the store.", ["tier", "result"], registry=r
         )
+        self.loaded_bytes = Counter(
+            "ragblend_kv_loaded_bytes", "KV read for requests, as the model computes with it.", ["tier"], registry=r
+        )
+        self.load_seconds = Histogram(
+            "ragblend_kv_load_seconds",
+            "Loading the KV of one request, which goes on while its first layers are computed; by the tier that had it "
+            "(mixed: several).",
+            ["tier"], buckets=_LOAD_SECONDS, registry=r,
+        )  # fmt: skip
+        self.wait_seconds = Histogram(
+            "ragblend_kv_wait_seconds", "The part of it that computing stood still for.", ["tier"],
+            buckets=_LOAD_SECONDS, registry=r,
+        )  # fmt: skip
+        self.saved_seconds = Counter(
+            "ragblend_saved_prefill_seconds",
+            "Estimate: reused tokens times ragblend_prefill_seconds_per_token, minus what was waited for their KV; "
+            "requests for which that is negative count as ragblend_lost_prefill_seconds.",
+            registry=r,
+        )
+        self.lost_seconds = Counter(
+            "ragblend_lost_prefill_seconds",
+            "Estimate, as ragblend_saved_prefill_seconds: by how much waiting was longer than prefill would have been.",
+            registry=r,
+        )
+        self._prefill_rate = Gauge(
+            "ragblend_prefill_seconds_per_token",
+            "Median of the last full prefills that ran alone; until there is one, of the last compile passes.",
+            registry=r,
+        )
         self.documents = Counter("ragblend_ingest_documents", "Documents ingested, by result.", ["result"], registry=r)
         self.invalid_citations = Counter(
             "ragblend_invalid_citations", "Citation markers of no passage, removed.", registry=r
         )
-        self.store_bytes = Gauge("ragblend_store_bytes", "Payload bytes in the KV store.", registry=r)
         self.jobs = Gauge("ragblend_jobs", "Ingest jobs that have not ended.", registry=r)
         self.running = Gauge("ragblend_running_generations", "Generations in the engine now.", registry=r)
         self.guard_comparisons = Counter(
@@ -54,6 +89,8 @@ class Metrics:
         self._guarded: set[str] = set()
         for kind in ("reused", "recomputed", "missing"):
             self.context.labels(kind)  # a rate over a series that does not exist yet is no answer
+        for reason in get_args(MissReason):
+            self.lookups.labels("none", reason)
         for result in ("agree", "differ", "failed", "dropped"):
             for by in ("server", "client"):
                 self.guard_comparisons.labels(result, by)
@@ -66,6 +103,24 @@ class Metrics:
         for chunk in stats.chunks if stats.mode != "full" else ():  # a full prefill looks nothing up
             result = "hit" if chunk.tier else chunk.miss_reason or "miss"
             self.lookups.labels(chunk.tier or "none", result).inc()
+        if stats.mode != "full":
+            self._count_load(stats)
+
+    def _count_load(self, stats: BlendStats) -> None:
+        loaded: dict[str, int] = {}
+        for chunk in stats.chunks:
+            if chunk.tier:
+                loaded[chunk.tier] = loaded.get(chunk.tier, 0) + chunk.reused + chunk.recomputed
+        if not loaded:
+            return
+        for tier, tokens in loaded.items():
+            self.loaded_bytes.labels(tier).inc(stats.loaded_bytes * tokens / max(1, sum(loaded.values())))
+        tier = "mixed" if len(loaded) > 1 else next(iter(loaded))
+        self.load_seconds.labels(tier).observe(stats.load_s)
+        self.wait_seconds.labels(tier).observe(stats.wait_s)
+        if (rate := self.prefill.seconds_per_token) is not None:
+            saved = stats.reused * rate - stats.wait_s
+            (self.saved_seconds if saved >= 0 else self.lost_seconds).inc(abs(saved))
 
     def show_guard(self, figures: Mapping[str, tuple[float | None, float | None, float]]) -> None:
         """Agreement, KL and least ratio of every guarded collection; of those that share a label, the worst."""
@@ -94,4 +149,5 @@ class Metrics:
 
     def text(self) -> str:
         """Prometheus text format."""
+        self._prefill_rate.set(self.prefill.seconds_per_token or float("nan"))
         return generate_latest(self.registry).decode()

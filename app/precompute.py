@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from app.errors import SettingsError
+from app.files import DataFileError
+from app.pins import Pins
 from app.rag import References
+from app.rates import Rates
+from app.saving import PrefillRate
 from app.sweep import sweep, sweep_overtaken
 from app.traffic import Traffic
 from blend.engines import Engine
 from blend.errors import NonFiniteError, PromptTooLongError
+from blend.prompt import ChunkRef
 from blend.types import CompileJob, CompileResult
 from retriever.errors import UnknownCollectionError, UnknownDocumentError
 from retriever.retriever import Retriever
 from retriever.types import DocumentInfo
 from store.errors import StoreError, StoreFullError
+from store.types import KVKey
 
 if TYPE_CHECKING:
     from app.service import Service
@@ -31,14 +38,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PrecomputeReport:
-    """Chunks ``done`` now, ``skipped`` (the store has them), ``failed``; payload ``bytes`` written, ``tokens`` run
+    """Chunks ``done`` now, ``skipped`` (the store has them), ``refused`` (a full store has nothing that is worth less),
+    ``failed``; payload ``bytes`` written, ``tokens`` run
     through the model (contexts included). ``stopped`` says why it ended early, if it did.
 
     ``cascaded``: chunks that got new neighbours because one of theirs was deleted or changed, and are therefore
-    compiled again, whichever document they are of. ``removed``: stored chunks that were stale and are deleted."""
+    compiled again, whichever document they are of. ``removed``: stored chunks that were stale and are deleted.
+    ``oldest`` is the first entry of this run."""
 
     done: int = 0
     skipped: int = 0
+    refused: int = 0
     failed: int = 0
     cascaded: int = 0
     removed: int = 0
@@ -47,11 +57,12 @@ class PrecomputeReport:
     seconds: float = 0.0
     stopped: str | None = None
     error: str | None = None
+    oldest: KVKey | None = None
 
     @property
     def chunks(self) -> int:
         """Chunks dealt with so far."""
-        return self.done + self.skipped + self.failed
+        return self.done + self.skipped + self.refused + self.failed
 
 
 _Work = tuple[DocumentInfo, frozenset[str] | None]
@@ -95,10 +106,12 @@ class Precomputer:
     """
 
     def __init__(
-        self, engine: Engine, retriever: Retriever, references: References, traffic: Traffic, *, neighbours: int
-    ) -> None:
+        self, engine: Engine, retriever: Retriever, references: References, traffic: Traffic, *, neighbours: int,
+        pins: Pins, rates: Rates, prefill: PrefillRate,
+    ) -> None:  # fmt: skip
         self._engine, self._retriever, self._references, self._traffic = engine, retriever, references, traffic
-        self._neighbours = neighbours
+        self._neighbours, self._pins, self._rates, self._prefill = neighbours, pins, rates, prefill
+        self._measured = (0, 0.0)  # tokens and seconds of this run's passes
         self._one = asyncio.Lock()
 
     async def sweep(self) -> int:
@@ -122,7 +135,7 @@ class Precomputer:
                 "neighbours"
             )
         report, begin = PrecomputeReport(), time.perf_counter()
-        async with self._one:
+        async with self._one, self._measuring():
             if (job := await asyncio.to_thread(self._prefix_job)) is not None:
                 await self._passes([job], report, None, lambda: None)
                 report = PrecomputeReport(
@@ -154,6 +167,19 @@ class Precomputer:
                     )
             tell()
         return report
+
+    @asynccontextmanager
+    async def _measuring(self) -> AsyncIterator[None]:
+        """Passes inside are timed, for the estimates of later runs."""
+        self._measured = (0, 0.0)
+        try:
+            yield
+        finally:
+            info = self._engine.info
+            try:
+                self._rates.learn(info.name, info.layout, info.device, *self._measured)
+            except DataFileError as e:
+                log.warning("the speed of this run is not kept: %s", e)
 
     async def _deleted(self, delete: Callable[..., int], *what: Any) -> int:
         try:
@@ -210,10 +236,18 @@ class Precomputer:
                 report.failed += len(job.chunks)
                 report.error = str(e)
                 continue
-            report.done += result.chunks
+            report.done += result.chunks - result.refused
+            report.refused += result.refused
             report.bytes += result.bytes
             report.tokens += result.tokens
+            self._prefill.saw_compile(result.tokens, result.seconds)
+            self._measured = (self._measured[0] + result.tokens, self._measured[1] + result.seconds)
             tell()
+            report.oldest = report.oldest or job.keys[0]
+            if result.refused == result.chunks or not self._engine.store.contains(report.oldest):
+                # What comes is refused, or pushes out what this run has made before: passes for nothing.
+                report.stopped = "the KV store is full, and what it holds is worth as much; raise store.max_gib"
+                return
 
     def _prefix_job(self) -> CompileJob | None:
         job = self._references.keys.prefix_job()
@@ -224,12 +258,22 @@ class Precomputer:
     ) -> tuple[list[CompileJob], int]:
         """Passes for ``document``, and how many of the chunks that are meant no pass touches."""
         refs = self._references.of(document)
+        self._pin(document, refs)
         meant = [only is None or r.name in only for r in refs]
         wanted = [
             m and not (only_missing and self._engine.store.contains(r.key)) for r, m in zip(refs, meant, strict=True)
         ]
         jobs = self._references.keys.jobs(refs, wanted)
         return jobs, sum(meant) - sum(len(j.chunks) for j in jobs)
+
+
+    def _pin(self, document: DocumentInfo, refs: Sequence[ChunkRef]) -> None:
+        """An update gives a pinned document new keys. They are pinned before they are stored."""
+        try:
+            if keys := self._pins.keys(document, refs):
+                self._engine.store.pin(keys)
+        except (DataFileError, StoreError) as e:
+            log.warning("document %s is not pinned again: %s", document.id, e)
 
 
 async def _finished(passing: Coroutine[Any, Any, CompileResult]) -> CompileResult:

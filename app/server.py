@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 
 from app.errors import BadRequestError, StartError, failure
 from app.middleware import Gate
-from app.routes import chat, ingest, models, ops
+from app.routes import cache, chat, ingest, models, ops
 from app.schema.answer import Error
 from app.schema.body import field_path
 from app.service import Service
@@ -54,7 +54,7 @@ def create_app(service_or_settings: Service | Settings) -> FastAPI:
         responses={"default": {"model": Error, "description": "Any failure, in OpenAI's shape"}},
     )  # fmt: skip
     app.state.service = given
-    for routes in (chat, ingest, models, ops):
+    for routes in (chat, ingest, cache, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(HTTPException, _http_failure)
     app.add_exception_handler(RequestValidationError, _parameter_failure)

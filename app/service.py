@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from app.certify.lookup import certificate_for_service, compiled_behind
+from app.control import Control
 from app.errors import StartError
 from app.guard.guard import Guard
 from app.ingest import Ingester
 from app.jobs import JobRecords, Jobs
 from app.metrics import Metrics
+from app.pins import Pins
 from app.precompute import Precomputer
 from app.rag import Rag, References, TimedEmbedder
+from app.rates import Rates
 from app.settings import Settings
 from app.traffic import Traffic
+from app.upkeep import Upkeep
 from blend.engines import Engine, EngineConfig, open_engine
 from blend.errors import UnknownSelectorError
 from blend.keys import KeyMaker
@@ -28,6 +32,7 @@ from blend.prompt import CHUNK_END, PromptLayout
 from blend.select import open_selector
 from retriever.embed import Embedder, open_embedder
 from retriever.retriever import Retriever
+from store.errors import StoreError
 
 _SALT_BYTES = 32
 log = logging.getLogger(__name__)
@@ -77,15 +82,19 @@ class Service:
             tenant_salt=tenant_salt,
             prefix=layout.prefix,
             context=settings.compile.context,
-            budget=_budget(settings, info.max_context - len(layout.prefix), layout),
+            budget=compile_budget(settings, info.max_context - len(layout.prefix), layout),
         )
         self.metrics = Metrics()
         self.traffic = Traffic(settings.limits.requests)
         self.references = References(retriever, layout, self.keys)
         self.rag = Rag(retriever, layout, self.references, info.max_context)
+        self.rates, pins = Rates(settings.data_dir), Pins(settings.data_dir)
+        self.control = Control(engine.store, retriever, tenant_salt, pins, self.references)
+        self.upkeep = Upkeep(engine.store, self.metrics.store)
         self.precomputer = Precomputer(
-            engine, retriever, self.references, self.traffic, neighbours=settings.compile.neighbours
-        )
+            engine, retriever, self.references, self.traffic, neighbours=settings.compile.neighbours,
+            pins=pins, rates=self.rates, prefill=self.metrics.prefill,
+        )  # fmt: skip
         self.guard = Guard(
             engine, settings.guard, self.traffic, self.metrics, folder=settings.data_dir,
             timeout_s=settings.limits.request_s,
@@ -124,9 +133,14 @@ class Service:
             retriever = await asyncio.to_thread(_open_retriever, settings, TimedEmbedder(embedder), layout)
             if engine.certificate is None:
                 engine.certificate = await asyncio.to_thread(
-                    certificate_for_service, settings.data_dir, engine.info, compiled_behind(settings.compile)
+                    certificate_for_service,
+                    settings.data_dir,
+                    engine.info,
+                    compiled_behind(settings.compile),
+                    settings.store.codec,
                 )
             service = cls(settings, engine, layout, retriever, salt)
+            await asyncio.to_thread(service._keep_prefix)
             if jobs:
                 service._start_jobs()
                 service.guard.start()
@@ -143,8 +157,16 @@ class Service:
         jobs, self.jobs = self.jobs, None
         if jobs is not None:
             await jobs.close()
+        await self.upkeep.close()
         await self.engine.stop()
         await asyncio.to_thread(self.retriever.close)
+
+    def _keep_prefix(self) -> None:
+        """Pin the canonical prefix: every prompt begins with it."""
+        try:
+            self.engine.store.pin([self.keys.prefix_ref().key])
+        except StoreError as e:
+            log.warning("the canonical prefix could not be pinned: %s", e)
 
     def _start_jobs(self) -> None:
         records = JobRecords(self.settings.data_dir)
@@ -175,21 +197,34 @@ def tenant_salt(data_dir: Path, tenant: str = "default") -> bytes:
             log.debug("another process made the salt first")
         finally:
             draft.unlink()
-    salt = path.read_bytes()
+    salt = read_salt(data_dir, tenant)
+    assert salt is not None
+    return salt
+
+
+def read_salt(data_dir: Path, tenant: str = "default") -> bytes | None:
+    """``tenant_salt`` without making one. Raises ``StartError``."""
+    path = data_dir / "tenants" / f"{tenant}.salt"
+    try:
+        salt = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise StartError(f"{path} cannot be read: {e.strerror or e}") from e
     if len(salt) != _SALT_BYTES:
         raise StartError(f"{path} holds {len(salt)} bytes, a tenant salt has {_SALT_BYTES}; restore or remove it")
     return salt
 
 
 def _engine_config(settings: Settings) -> EngineConfig:
-    limit = settings.store.max_gib
     return EngineConfig(
         model=settings.model,
-        store=settings.store_dir,
+        store=settings.store_config,
         dtype=settings.dtype,
         max_context=settings.max_context,
         kv_cache_gib=settings.kv_cache_gib,
-        max_store_bytes=None if limit is None else int(limit * 2**30),
+        load_timeout_s=settings.store.load_timeout_s or None,
+        load_threads=settings.store.load_threads,
         device=settings.device,
         options={**settings.engine_options, "min_context_tokens": settings.blend.min_context_tokens},
     )
@@ -219,7 +254,7 @@ def _open_retriever(settings: Settings, embedder: Embedder, layout: PromptLayout
     return Retriever.open(settings.index_dir, embedder, layout.count_tokens, chunk_tokens=settings.chunk_tokens)
 
 
-def _budget(settings: Settings, room: int, layout: PromptLayout) -> int:
+def compile_budget(settings: Settings, room: int, layout: PromptLayout) -> int:
     """Document tokens of one compile pass. Raises ``StartError`` if not even one chunk fits, with its neighbours."""
     chunk = settings.chunk_tokens + len(layout.chunk_ids(CHUNK_END))
     if chunk >= room:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import SettingsError
+from store.config import StoreConfig
 
 PREFIX = "RAGBLEND_"
 CONFIG_VARIABLE = "RAGBLEND_CONFIG"
@@ -110,9 +111,33 @@ class GuardSettings(_Part):
 
 
 class StoreSettings(_Part):
-    """``max_gib`` ``None``: the store may grow until the device is full."""
+    """The KV store. ``max_gib``: of disk; at it the least valuable entries go (``None``: until the device is full).
+
+    ``ram_gib``: memory in front of the disk, in the process that blends. ``codec``: how new entries are written, by
+    name or ``auto`` (by what each is worth); ``ram_codec`` the same in memory (``same``: as on disk). ``policy``:
+    ``gdsf``, ``lru``, or ``none`` (a full store refuses). ``admission``: a full store refuses what is worth less than
+    what would have to go. ``ttl_hours``: entries unused for so long expire. ``shares``: the part of ``max_gib`` a
+    tenant may hold when others want room. ``load_timeout_s``: a chunk that takes longer to load is computed instead
+    (0: never). ``load_threads``: threads that read ahead. ``prefetch``: fetch retrieved chunks from disk before the
+    engine's turn.
+    """
 
     max_gib: float | None = Field(None, gt=0)
+    ram_gib: float = Field(1.0, ge=0)
+    codec: str = "raw"
+    ram_codec: str = "same"
+    policy: Literal["gdsf", "lru", "none"] = "gdsf"
+    admission: bool = True
+    ttl_hours: float | None = Field(None, gt=0)
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    load_timeout_s: float = Field(10.0, ge=0)
+    load_threads: int = Field(2, ge=1, le=64)
+    prefetch: bool = True
+
+    @model_validator(mode="after")
+    def _codecs_that_exist(self) -> StoreSettings:
+        StoreConfig(codec=self.codec, ram_codec=self.ram_codec)  # says what is wrong and names the choices
+        return self
 
 
 class Settings(BaseSettings):
@@ -165,6 +190,22 @@ class Settings(BaseSettings):
     @property
     def store_dir(self) -> Path:
         return self.data_dir / "kv"
+
+    @property
+    def store_config(self) -> StoreConfig:
+        """What the store is opened with."""
+        store = self.store
+        return StoreConfig(
+            path=self.store_dir,
+            max_bytes=None if store.max_gib is None else int(store.max_gib * 2**30),
+            ram_bytes=int(store.ram_gib * 2**30),
+            codec=store.codec,
+            ram_codec=store.ram_codec,
+            policy=store.policy,
+            admission=store.admission,
+            ttl_s=None if store.ttl_hours is None else store.ttl_hours * 3600,
+            shares=store.shares,
+        )
 
     @property
     def index_dir(self) -> Path:

@@ -31,8 +31,8 @@ from blend.types import (
     Sampling,
     TokenLogprob,
 )
-from store.base import KVStore, Miss
-from store.types import ChunkKV, KVLayout
+from store.base import KVStore, Miss, StoreStats
+from store.types import ChunkKV, KVKey, KVLayout, Want
 
 LAYOUT = KVLayout(model="trivial-1", layers=1, heads=1, head_dim=2, dtype="float32", rope="none")
 TOKENIZER = "bytes-1"
@@ -133,9 +133,18 @@ class TrivialEngine:
         begin, at, written = time.perf_counter(), len(job.context), 0
         for ids, key, source in zip(job.chunks, job.keys, job.sources, strict=True):
             k, v = _kv(ids, at)
-            written += self.store.put(ChunkKV(key, LAYOUT, ids, k, v, at, source, TOKENIZER))
+            written += self.store.put(ChunkKV(key, LAYOUT, ids, k, v, at, source, TOKENIZER, job.owner))
             at += len(ids)
         return CompileResult(len(job.chunks), job.tokens, written, time.perf_counter() - begin)
+
+    async def warm(self, keys: Sequence[KVKey]) -> int:
+        return self.store.warm(keys)
+
+    async def cool(self, keys: Sequence[KVKey]) -> int:
+        return self.store.cool(keys)
+
+    async def store_stats(self) -> StoreStats:
+        return self.store.stats()
 
     async def check(self) -> None:
         if self._stopped:
@@ -161,7 +170,7 @@ class TrivialEngine:
         for s in prompt.segments[:-1]:
             ids = prompt.token_ids[s.start : s.stop]
             assert s.key is not None
-            found = self.store.get(s.key, LAYOUT, ids, source=s.source, tokenizer=TOKENIZER)
+            found = self.store.get(Want(s.key, LAYOUT, ids, s.source, TOKENIZER))
             if isinstance(found, Miss):
                 chunks.append(ChunkStats(s.name, s.tokens, 0, 0, s.tokens, miss_reason=found.reason))
                 continue

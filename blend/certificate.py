@@ -3,7 +3,8 @@
 ``auto`` blends only with a certificate that was passed by this very model, tokenizer, RoPE and dtype. It was measured
 on an engine; another engine of the same dtype may use it, because the engines agree token by token (invariant 10, a
 test for every architecture we serve), and agreement at a ratio is a property of the weights and of the selector.
-Another dtype may not: its rounding moves the answers that are compared. Nor may KV compiled behind something else.
+Another dtype may not: its rounding moves the answers that are compared. Nor may KV compiled behind something else, or
+stored by a codec that loses other bits than the one it was measured with.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from blend.errors import CertificateError, UnknownSelectorError
 from blend.select import open_selector
+from store.codec import CODECS
 from store.types import KVLayout
 
-FORMAT = 1
+FORMAT = 2
 ALL_TASKS = "all"
 
 
@@ -75,8 +77,9 @@ class Calibration:
 class Certificate:
     """What ``ragblend certify`` found. Fingerprints are hex; ``dtype`` and ``rope`` as in ``KVLayout``.
 
-    ``selector`` (a spec) and ``ratio`` are what ``auto`` does where nothing else was asked for; ``reasons`` say why it
-    was not passed. ``profile`` compares which layers to probe, ``ratios`` the best of them at several ratios.
+    ``codec`` names how the KV was stored. ``selector`` (a spec) and ``ratio`` are what ``auto`` does where nothing else
+    was asked for; ``reasons`` say why it was not passed. ``profile`` compares which layers to probe, ``ratios`` the
+    best of them at several ratios.
     """
 
     model: str
@@ -87,6 +90,7 @@ class Certificate:
     engine: str
     engine_version: str
     compile: str
+    codec: str
     checks: tuple[Check, ...]
     profile: tuple[Trial, ...]
     ratios: tuple[Trial, ...]
@@ -102,8 +106,12 @@ class Certificate:
     file: str = field(default="", compare=False)
     """Where it was read from; not part of it."""
 
-    def require(self, layout: KVLayout, tokenizer: str, compile: str) -> None:
-        """Raise ``CertificateError`` naming both values unless it was made for exactly this model, served like this."""
+    def require(self, layout: KVLayout, tokenizer: str, compile: str, codec: str) -> None:
+        """Raise ``CertificateError`` naming both values unless it was made for exactly this model, served like this.
+
+        What was measured through a lossy codec holds without it too.
+        """
+        lossless = codec in CODECS and CODECS[codec].lossless
         pairs = (
             ("model fingerprint", self.model, layout.model),
             ("tokenizer fingerprint", self.tokenizer, tokenizer),
@@ -111,6 +119,7 @@ class Certificate:
             ("RoPE signature", self.rope, layout.rope),
             ("layout digest", self.layout, layout.digest.hex()),
             ("compile context", self.compile, compile),
+            ("KV stored as", self.codec, self.codec if lossless else codec),
         )
         for name, theirs, ours in pairs:
             if theirs != ours:

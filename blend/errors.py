@@ -27,5 +27,9 @@ class EngineError(BlendError):
     """The engine failed or is not running."""
 
 
+class ChunksLostError(BlendError):
+    """Chunks were lost while they were loaded and count as missing now; what has seen them is to be done again."""
+
+
 class UnknownSelectorError(BlendError, ValueError):
     """No selector of that name; the message lists the choices."""

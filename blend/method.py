@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blend.errors import NonFiniteError
-from blend.load import Loaded, load
+from blend.errors import ChunksLostError, NonFiniteError
+from blend.load import Loaded, Loader, load
 from blend.model import BlendModel, Observed
 from blend.select import Selection, open_selector
 from blend.types import BlendOptions, BlendStats, ChunkStats, CompileJob, Prompt
+from blend.writing import Writing
 from store.base import KVStore
 from store.types import ChunkKV
 
@@ -57,16 +58,26 @@ class Blend:
         ``counted``: which of the rows stand for context rows, if not those below N (``row_layers``).
         """
         context = int((rows < self.prompt.context_tokens).sum()) if counted is None else counted.numel()
-        self.row_layers += context * ((self.model.layout.layers if last is None else last) - first)
-        return walk(self.model, self.ids, rows, first=first, last=last, hidden=hidden, watch=watch)
+
+        def before(layer: int) -> None:
+            self.loaded.need(layer)
+            self.row_layers += context
+
+        return walk(self.model, self.ids, rows, first=first, last=last, hidden=hidden, watch=watch, before=before)
 
 
 def walk(model: BlendModel, ids: Tensor, rows: Tensor, *, first: int = 0, last: int | None = None,
-         hidden: Tensor | None = None, watch: Watch | None = None) -> Tensor:  # fmt: skip
-    """The one forward path: compile, probe, recompute and full prefill all come through here."""
+         hidden: Tensor | None = None, watch: Watch | None = None,
+         before: Callable[[int], None] | None = None) -> Tensor:  # fmt: skip
+    """The one forward path: compile, probe, recompute and full prefill all come through here.
+
+    ``before`` is called with each layer before it runs, ``watch`` after it.
+    """
     step: Any = model.prepare(rows)
     h = model.embed(ids[rows]) if hidden is None else hidden
     for layer in range(first, model.layout.layers if last is None else last):
+        if before is not None:
+            before(layer)
         h = model.forward_layer(layer, h, step)
         if watch is not None:
             watch(layer, model.observe())
@@ -74,11 +85,12 @@ def walk(model: BlendModel, ids: Tensor, rows: Tensor, *, first: int = 0, last: 
 
 
 def blend(model: BlendModel, prompt: Prompt, options: BlendOptions, store: KVStore, *, tokenizer: str,
-          computed: int = 0, stop: int | None = None) -> BlendStats:  # fmt: skip
+          computed: int = 0, stop: int | None = None, loader: Loader | None = None) -> BlendStats:  # fmt: skip
     """Fuse the cached KV of ``prompt``'s segments and repair it: rows ``computed .. stop - 1`` are then in the cache.
 
     ``stop`` defaults to the prompt's end. ``mode="reuse"`` recomputes nothing but what is missing; a ratio whose
-    budget covers the context recomputes every row, which equals full prefill. Raises ``UnknownSelectorError``.
+    budget covers the context recomputes every row, which equals full prefill. ``loader`` (the engine's) reads the KV,
+    the next layers while one is computed. Raises ``UnknownSelectorError``.
     """
     n = prompt.context_tokens
     ratio = 0.0 if options.mode == "reuse" else options.recompute_ratio
@@ -87,13 +99,20 @@ def blend(model: BlendModel, prompt: Prompt, options: BlendOptions, store: KVSto
     if budget >= n or ratio == 0.0:
         selector = open_selector("all" if budget >= n else "none")
     begin = time.perf_counter()
-    loaded = load(model, prompt, store, tokenizer=tokenizer, computed=computed)
-    after_load = time.perf_counter()
-    state = Blend(model, prompt, loaded, computed, len(prompt.token_ids) if stop is None else stop, budget)
-    chosen = selector.select(state)
-    recompute(state, chosen)
-    done = time.perf_counter()
-    return _account(state, chosen.rows, options, selector.name, after_load - begin, done - after_load)
+    row_layers = 0
+    with load(model, prompt, store, tokenizer=tokenizer, computed=computed, loader=loader) as loaded:
+        found_s = time.perf_counter() - begin
+        while True:
+            state = Blend(model, prompt, loaded, computed, len(prompt.token_ids) if stop is None else stop, budget)
+            state.row_layers = row_layers
+            try:
+                chosen = selector.select(state)
+                recompute(state, chosen)
+                loaded.finish()
+                break
+            except ChunksLostError:  # what was computed may have seen them: once more, without
+                row_layers = state.row_layers
+    return _account(state, chosen.rows, options, selector.name, found_s, time.perf_counter() - begin)
 
 
 def compile_chunks(model: BlendModel, job: CompileJob) -> list[tuple[Tensor, Tensor]]:
@@ -116,20 +135,22 @@ def compile_chunks(model: BlendModel, job: CompileJob) -> list[tuple[Tensor, Ten
     return list(zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True))
 
 
-def compile_into(model: BlendModel, job: CompileJob, store: KVStore, *, tokenizer: str) -> int:
-    """Compile ``job`` and store its chunks; returns the payload bytes written.
+def compile_into(model: BlendModel, job: CompileJob, store: KVStore, *, tokenizer: str) -> Writing:
+    """Compile ``job`` and hand its chunks to the store, which writes them behind.
 
-    Raises ``StoreError`` and its kinds, ``NonFiniteError``.
+    Raises ``NonFiniteError``; what goes wrong with storing, ``Writing.result`` raises.
     """
-    position, written = len(job.context), 0
+    position, keys, futures = len(job.context), [], []
     for ids, key, source, (k, v) in zip(job.chunks, job.keys, job.sources, compile_chunks(model, job), strict=True):
         if not (k.isfinite().all() and v.isfinite().all()):
             raise NonFiniteError(
                 f"chunk {key.hex[:16]} compiles to NaN or infinity in {model.layout.dtype}; use bfloat16"
             )
-        written += store.put(ChunkKV(key, model.layout, ids, k, v, position, source, tokenizer))
+        chunk = ChunkKV(key, model.layout, ids, k, v, position, source, tokenizer, job.owner)
+        keys.append(key)
+        futures.append(store.put_later(chunk))
         position += len(ids)
-    return written
+    return Writing(store, keys, futures)
 
 
 def recompute(state: Blend, chosen: Selection) -> None:
@@ -144,8 +165,8 @@ def recompute(state: Blend, chosen: Selection) -> None:
     state.walk(rows, first=chosen.layer, hidden=hidden)
 
 
-def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, load_s: float,
-             blend_s: float) -> BlendStats:  # fmt: skip
+def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, found_s: float,
+             total_s: float) -> BlendStats:  # fmt: skip
     n = state.prompt.context_tokens
     recomputed = torch.zeros(n, dtype=torch.bool)
     recomputed[rows[rows < n]] = True
@@ -170,14 +191,17 @@ def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, l
             )
         )
     lost, again = int(missing.sum()), int(recomputed.sum())
+    counts = state.loaded.counts
     return BlendStats(
         mode="reuse" if options.mode == "reuse" else "blend",
         tokens=n,
         reused=n - lost - again,
         recomputed=again,
         missing=lost,
-        load_s=load_s,
-        blend_s=blend_s,
+        load_s=found_s + counts.elapsed_s,
+        wait_s=found_s + counts.waited_s,
+        blend_s=total_s - found_s - counts.waited_s,
+        loaded_bytes=counts.delivered,
         selector=selector,
         chunks=tuple(chunks),
         computed_share=state.row_layers / (n * state.model.layout.layers) if n else 0.0,

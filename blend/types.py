@@ -100,6 +100,10 @@ class BlendStats:
     Missing rows are computed too, but were never in the store. A row is ``recomputed`` if a selector chose it.
     ``computed_share``: context rows x layers run through the model, over all there are, the cost against full prefill.
     Check layers, rows left half way and second rounds count; above 1 if rows ran twice.
+
+    Seconds: ``wait_s`` the blend stood still for stored KV (finding it, waiting for layers and reading them itself),
+    ``blend_s`` all the rest of it. ``load_s`` from its start until the last layer was read, which goes on while the
+    first ones are computed. ``loaded_bytes`` of K and V were read, in the layout's dtype.
     """
 
     mode: str
@@ -113,6 +117,8 @@ class BlendStats:
     why: str | None = None
     chunks: tuple[ChunkStats, ...] = ()
     computed_share: float = 0.0
+    wait_s: float = 0.0
+    loaded_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.reused + self.recomputed + self.missing != self.tokens:
@@ -185,7 +191,8 @@ class CompileJob:
 
     ``context`` are token ids whose rows are dropped (canonical prefix, and earlier chunks of the document);
     ``chunks`` follow it in order and are compiled in one pass: chunk i sees the context and chunks 0..i-1.
-    ``keys[i]`` and ``sources[i]`` name chunk i in the store.
+    ``keys[i]`` and ``sources[i]`` name chunk i in the store; ``owner`` (a tenant) is whose share of it they count
+    against.
     """
 
     id: str
@@ -193,6 +200,7 @@ class CompileJob:
     chunks: tuple[tuple[int, ...], ...]
     keys: tuple[KVKey, ...]
     sources: tuple[bytes, ...]
+    owner: str = "default"
 
     @property
     def tokens(self) -> int:
@@ -201,9 +209,13 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """Chunks written, tokens run through the model, bytes stored, seconds."""
+    """Chunks compiled, tokens run through the model, bytes stored, seconds.
+
+    ``refused`` chunks were not stored: a full store has nothing that is worth less.
+    """
 
     chunks: int
     tokens: int
     bytes: int
     seconds: float
+    refused: int = 0

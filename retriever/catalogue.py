@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from retriever import keywords, neighbours
 from retriever.database import Database, claim
 from retriever.errors import IndexMismatchError, UnknownCollectionError
-from retriever.types import Chunk, CollectionInfo, Document, DocumentInfo
+from retriever.types import Chunk, ChunkName, CollectionInfo, Document, DocumentInfo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _INFO = """d.id, c.name, d.title, d.filename, d.media_type, d.sha256, d.metadata, d.chunks, d.characters, d.created_at
@@ -204,6 +204,21 @@ class Catalogue:
         return self._found(
             "k.pk > ?1 AND (?2 IS NULL OR k.collection_pk = ?2) ORDER BY k.pk LIMIT ?3", (pk, collection_pk, limit)
         )
+
+    def names_after(
+        self, pk: int, collection: str | None, document_ids: Collection[str] | None, limit: int
+    ) -> list[tuple[int, ChunkName]]:
+        """Row keys and names of chunks with keys above `pk`, ascending; of a collection, of these documents."""
+        given = None if document_ids is None else json.dumps(sorted(document_ids))
+        with self.database.read() as sql:
+            rows = sql.execute(
+                """SELECT k.pk, k.id, k.ordinal, d.id, c.name, d.title, d.filename FROM chunks k
+                   JOIN documents d ON d.pk = k.document_pk JOIN collections c ON c.pk = k.collection_pk
+                   WHERE k.pk > ?1 AND (?2 IS NULL OR c.name = ?2)
+                   AND (?3 IS NULL OR d.id IN (SELECT value FROM json_each(?3))) ORDER BY k.pk LIMIT ?4""",
+                (pk, collection, given, limit),
+            )
+            return [(row[0], ChunkName(*row[1:])) for row in rows]
 
     def chunk_pks(self, collection_pk: int, document_pks: Collection[int] | None = None) -> NDArray[np.int64]:
         """Keys of the collection's chunks, ascending; of these documents only, when given."""

@@ -23,6 +23,7 @@ from retriever.search import MODES, Mode, Query, search
 from retriever.types import (
     Assigned,
     Chunk,
+    ChunkName,
     CollectionInfo,
     Document,
     DocumentInfo,
@@ -225,6 +226,17 @@ class Retriever:
         while block := self._catalogue.chunks_after(last, collection_pk, 500):
             yield from (found.chunk for found in block)
             last = block[-1].pk
+
+    def chunk_names(
+        self, collection: str | None = None, documents: Collection[str] | None = None
+    ) -> Iterator[ChunkName]:
+        """As `all_chunks`, without the texts; of `documents` only, if given. `UnknownCollectionError`."""
+        if collection is not None:
+            self._catalogue.collection(collection)
+        last = 0
+        while block := self._catalogue.names_after(last, collection, documents, 10_000):
+            yield from (name for _, name in block)
+            last = block[-1][0]
 
     # Neighbours
 

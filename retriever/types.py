@@ -71,6 +71,18 @@ class CollectionInfo:
 
 
 @dataclass(frozen=True)
+class ChunkName:
+    """A chunk without its text, and the document it stands in."""
+
+    id: str
+    ordinal: int
+    document_id: str
+    collection: str
+    title: str
+    filename: str
+
+
+@dataclass(frozen=True)
 class Hit:
     """A chunk found by a search. `score` is in 0..1; what it means depends on the mode, see `Retriever.search`."""
 

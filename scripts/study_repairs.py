@@ -54,7 +54,7 @@ class Study:
     """One model, and its questions one after the other."""
 
     def __init__(self, folder: Path) -> None:
-        self.weights: Weights = load_weights(EngineConfig(str(folder), None, dtype="float32", device="cpu"))
+        self.weights: Weights = load_weights(EngineConfig(str(folder), dtype="float32", device="cpu"))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.layout = PromptLayout(self.tokenizer)
         self.identity = tokenizer_fingerprint(folder)

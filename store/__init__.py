@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from store.base import Entry, KVStore, Miss, StoreStats, VerifyReport
-from store.errors import StoreError, StoreFormatError, StoreFullError, StoreIOError
+from store.base import Entry, Found, GcReport, KVStore, Miss, StoreStats, TierStats, VerifyReport
+from store.config import StoreConfig
+from store.errors import LostError, StoreError, StoreFormatError, StoreFullError, StoreIOError
 from store.key import context_hash, make_key, source_of
-from store.lmdb_store import LmdbStore
-from store.memory import MemoryStore
-from store.types import DTYPES, FORMAT_VERSION, ChunkKV, KVKey, KVLayout, MissReason
+from store.types import DTYPES, FORMAT_VERSION, ChunkKV, KVKey, KVLayout, MissReason, Want
 
 __all__ = [
     "DTYPES",
     "FORMAT_VERSION",
     "ChunkKV",
     "Entry",
+    "Found",
+    "GcReport",
     "KVKey",
     "KVLayout",
     "KVStore",
-    "LmdbStore",
-    "MemoryStore",
+    "LostError",
     "Miss",
     "MissReason",
+    "StoreConfig",
     "StoreError",
     "StoreFormatError",
     "StoreFullError",
     "StoreIOError",
     "StoreStats",
+    "TierStats",
     "VerifyReport",
+    "Want",
     "context_hash",
     "make_key",
     "open_store",
@@ -36,15 +37,17 @@ __all__ = [
 ]
 
 
-def open_store(path: Path | None, *, max_bytes: int | None = None, readonly: bool = False) -> KVStore:
-    """The store in the folder ``path``, or a new one in memory if ``path`` is None.
+def open_store(config: StoreConfig) -> KVStore:
+    """The store that ``config`` describes. Raises ``StoreError`` and its kinds."""
+    if config.path is None:
+        from store.memory import MemoryStore
 
-    ``max_bytes`` is a limit: at it a memory store evicts the least recently used, a store on disk raises
-    ``StoreFullError``. Raises ``StoreError`` and its kinds as ``LmdbStore`` does; ``ValueError`` for a
-    read-only memory store, which would always be empty.
-    """
-    if path is None:
-        if readonly:
-            raise ValueError("a memory store starts empty: readonly needs a path")
-        return MemoryStore(max_bytes)
-    return LmdbStore(path, max_bytes=max_bytes, readonly=readonly)
+        return MemoryStore(config)
+    from store.ssd import SsdStore
+
+    disk = SsdStore(config)
+    if not config.ram_bytes:
+        return disk
+    from store.tiered import TieredStore
+
+    return TieredStore(config, disk)

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 
-from store.base import Miss
-from store.codec import Bytes, CorruptEntryError, Header, decode_header, decode_planes
-from store.types import ChunkKV, KVKey, KVLayout, MissReason
-
-Planes = Sequence[bytes | memoryview | Bytes | None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of ``KVStore.get``."""
-
-    key: KVKey
-    layout: KVLayout
-    token_ids: tuple[int, ...]
-    source: bytes
-    tokenizer: str
+from store.base import Found, Miss
+from store.entry import Header, decode_header
+from store.errors import CorruptEntryError
+from store.types import ChunkKV, KVKey, MissReason, Want
 
 
 def read_header(key: KVKey, blob: bytes | memoryview) -> Header:
@@ -33,40 +21,61 @@ def read_header(key: KVKey, blob: bytes | memoryview) -> Header:
     return header
 
 
-def read_entry(request: Request, blob: bytes | memoryview, planes: Callable[[Header], Planes]) -> ChunkKV | Miss:
-    """The chunk asked for, from its stored bytes; ``planes`` is called only if the header fits the request.
+def mismatch(want: Want, header: Header) -> MissReason | None:
+    """Why an entry that is intact is not what was asked for, or None.
 
-    A header that is intact but not what was asked for is a miss: the address says otherwise, but an address
-    is a claim and the header is the fact. Raises ``CorruptEntryError``.
+    The address says otherwise, but an address is a claim and the header is the fact.
     """
-    header = read_header(request.key, blob)
-    if header.layout != request.layout:
-        return Miss("model_changed")
-    if header.tokenizer != request.tokenizer:
-        return Miss("tokenizer_changed")
-    if not np.array_equal(header.token_ids, np.asarray(request.token_ids, dtype=np.int64)):
-        return Miss("checksum_failed")
-    k, v = decode_planes(header, planes(header))
+    if header.layout != want.layout:
+        return "model_changed"
+    if header.tokenizer != want.tokenizer:
+        return "tokenizer_changed"
+    if not np.array_equal(header.token_ids, np.asarray(want.token_ids, dtype=np.int64)):
+        return "checksum_failed"
+    return None
+
+
+def check_target(header: Header, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises ``ValueError`` unless a layer of the entry can be written into ``k`` and ``v`` (see ``Found.read``)."""
+    shape = (header.tokens, header.layout.heads, header.layout.head_dim)
+    for x in (k, v):
+        # What is not contiguous would be written into a copy, and be lost.
+        if x.shape != shape or x.dtype != header.layout.torch_dtype or not x.is_contiguous():
+            raise ValueError(
+                f"a layer of this entry needs contiguous tensors {shape} of {header.layout.dtype}, not "
+                f"{tuple(x.shape)} of {x.dtype}, strides {x.stride()}"
+            )
+
+
+def read_whole(found: Found | Miss, want: Want) -> ChunkKV:
+    """All layers of what was found, in memory of their own. Raises ``LostError``."""
+    assert not isinstance(found, Miss)
+    header, layout = found.header, want.layout
+    shape = (layout.layers, header.tokens, layout.heads, layout.head_dim)
+    k, v = torch.empty(shape, dtype=layout.torch_dtype), torch.empty(shape, dtype=layout.torch_dtype)
+    for layer in range(layout.layers):
+        found.read(layer, k[layer], v[layer])
     return ChunkKV(
-        key=request.key,
-        layout=request.layout,
-        token_ids=request.token_ids,
+        key=want.key,
+        layout=layout,
+        token_ids=want.token_ids,
         k=k,
         v=v,
         k_position=header.k_position,
         source=header.source,
         tokenizer=header.tokenizer,
+        owner=header.owner,
     )
 
 
-def absence(request: Request, *, evicted: bool, known: Iterable[tuple[bytes, str]]) -> MissReason:
+def absence(want: Want, *, evicted: bool, known: Iterable[tuple[bytes, str]]) -> MissReason:
     """Why there is no entry: ``known`` are the (layout digest, tokenizer) pairs of its source."""
     if evicted:
         return "evicted"
     pairs = set(known)
-    if not pairs or (request.layout.digest, request.tokenizer) in pairs:
+    if not pairs or (want.layout.digest, want.tokenizer) in pairs:
         # The same source, model and tokenizer: its text or its compile context is new.
         return "never_precomputed"
-    if any(layout == request.layout.digest for layout, _ in pairs):
+    if any(layout == want.layout.digest for layout, _ in pairs):
         return "tokenizer_changed"
     return "model_changed"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from store.codec import CODEC
 from store.types import FORMAT_VERSION, KVKey, KVLayout
 
 
@@ -23,8 +22,8 @@ def make_key(
 
     BLAKE2b-256 keyed with ``tenant_salt`` (32 secret bytes): without the salt nobody can tell whether a
     tenant holds a given text, and equal texts of two tenants have unrelated keys. Every field is
-    length-prefixed, so that no two different inputs encode alike. ``context`` is ``context_hash`` of the
-    compile context (32 bytes).
+    length-prefixed, so that no two different inputs encode alike. How an entry is encoded is not part of its address:
+    that may change from tier to tier. ``context`` is ``context_hash`` of the compile context (32 bytes).
 
     Raises ``ValueError`` for a salt or context of another size, or a token id outside int32.
     """
@@ -33,7 +32,6 @@ def make_key(
     hasher = _keyed(tenant_salt, b"ragblend key")
     for field in (
         FORMAT_VERSION.to_bytes(4, "little"),
-        CODEC.encode(),
         layout.digest,
         tokenizer.encode(),
         context,

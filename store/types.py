@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -83,6 +83,17 @@ class KVKey:
         return cls(bytes.fromhex(text))
 
 
+@dataclass(frozen=True)
+class Want:
+    """What a reader asks for: only an entry that is exactly this is served (fields as in ``ChunkKV``)."""
+
+    key: KVKey
+    layout: KVLayout
+    token_ids: tuple[int, ...]
+    source: bytes
+    tokenizer: str
+
+
 @dataclass(frozen=True, eq=False)
 class ChunkKV:
     """The KV of one chunk, as compiled.
@@ -90,7 +101,8 @@ class ChunkKV:
     ``token_ids`` [T] int; ``k`` and ``v`` [L, T, H, D] on the CPU in ``layout.dtype``; K is rotated for the
     positions ``k_position .. k_position + T - 1``. ``source`` (32 bytes) names the chunk independently of
     model and tokenizer, so that a later miss can say *why* (``model_changed``, ``tokenizer_changed``);
-    ``tokenizer`` is the hex fingerprint of the tokenizer that made ``token_ids``.
+    ``tokenizer`` is the hex fingerprint of the tokenizer that made ``token_ids``; ``owner`` (a tenant) is whose share
+    of the store it counts against.
     """
 
     key: KVKey
@@ -101,6 +113,7 @@ class ChunkKV:
     k_position: int
     source: bytes
     tokenizer: str
+    owner: str = "default"
 
     def __post_init__(self) -> None:
         shape = (self.layout.layers, len(self.token_ids), self.layout.heads, self.layout.head_dim)

@@ -21,6 +21,7 @@ def passing(info: EngineInfo, **changes: Any) -> Certificate:
         engine=info.name,
         engine_version=info.version,
         compile="document",
+        codec="raw",
         checks=(Check("causality", True, 0.0, 0.0, "largest difference of K and V"),),
         profile=(trial,),
         ratios=(replace(trial, ratio=0.0, agreement=0.5), trial),

@@ -2,11 +2,13 @@
 
 Each repeat draws new chunks and new tenant salts, so nothing is cached that the arm does not claim to cache: full
 prefill has a salt of its own, chunks are compiled outside the timing, and ``prefix-hit`` is the full request again.
-An arm whose check fails is reported without times.
+An arm whose check fails is reported without times. With tiers, every blending arm is timed with its chunks in memory
+(``ram``) and on the device (``ssd``: dropped from memory, and from the kernel's page cache, before each request).
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import time
@@ -16,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from app.bench.workbench import Workbench
+from app.bench.pagecache import drop_page_cache
+from app.bench.workbench import Workbench, store_folder
 from blend.engines import Engine
 from blend.prompt import ChunkRef
 from blend.types import BlendOptions, BlendStats, Mode, Request, Sampling
@@ -24,6 +27,7 @@ from blend.types import BlendOptions, BlendStats, Mode, Request, Sampling
 QUESTION = "What do the passages say about this?"
 PREFIX_HIT, REUSE = "prefix-hit", "reuse"
 SELECTORS = ("deviation", "auto")
+TIERS = ("ram", "ssd")
 CHECK_TOKENS = 8
 # Greedy tokens of two computations may part where their best candidates are this close (nats): noise of the dtype.
 TIES = {"float32": 0.001, "bfloat16": 0.15, "float16": 0.05}
@@ -37,15 +41,18 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """``context`` tokens in chunks of ``chunk``; every ratio is an arm of each selector."""
+    """``context`` tokens in chunks of ``chunk``; every ratio is an arm of each selector, in each of ``tiers``."""
 
     context: int = 2048
     chunk: int = 256
     ratios: tuple[float, ...] = (0.15,)
     repeats: int = 5
     seed: int = 0
+    tiers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if unknown := set(self.tiers) - set(TIERS):
+            raise BenchError(f"tier {sorted(unknown)[0]!r} is unknown; choose among {', '.join(TIERS)}")
         if not 1 <= self.chunk <= self.context:
             raise BenchError(f"chunk {self.chunk} is not within 1..{self.context} (the context)")
         if self.repeats < 1:
@@ -68,6 +75,7 @@ class Arm:
     mode: Mode
     selector: str = "none"
     ratio: float | None = None
+    tier: str | None = None
     seconds: list[float] = field(default_factory=list)
     problem: str | None = None
     checked: bool = False
@@ -82,6 +90,7 @@ class Arm:
         return {
             "name": self.name,
             "ratio": self.ratio,
+            "tier": self.tier,
             "ttft_median_s": median,
             "ttft_p10_s": p10,
             "ttft_p90_s": p90,
@@ -105,8 +114,9 @@ def make_arms(full: str, setup: Setup, *, prefix_hit: bool) -> list[Arm]:
     arms = [Arm(full, "full")]
     if prefix_hit:
         arms.append(Arm(PREFIX_HIT, "full"))
-    arms.append(Arm(REUSE, "reuse", ratio=0.0))
-    return arms + [Arm(s, "blend", s, ratio) for s in SELECTORS for ratio in setup.ratios]
+    tiers = setup.tiers or (None,)
+    arms += [Arm(REUSE, "reuse", ratio=0.0, tier=tier) for tier in tiers]
+    return arms + [Arm(s, "blend", s, ratio, tier) for s in SELECTORS for ratio in setup.ratios for tier in tiers]
 
 
 async def run_ttft(
@@ -191,6 +201,7 @@ class _Run:
             blend=arm.options,
             tenant_salt=salt if salt and arm.mode == "full" else context.bench.keys.tenant_salt,
         )
+        await self.place(arm, context)
         seconds: float | None = None
         stats: BlendStats | None = None
         ids: tuple[int, ...] = ()
@@ -206,6 +217,18 @@ class _Run:
         if seconds is None:
             raise BenchError(f"{arm.name}: the engine answered without a token")
         return Shot(seconds, ids, tuple(tops), stats, cached)
+
+    async def place(self, arm: Arm, context: _Context) -> None:
+        """Bring the chunks to where ``arm`` reads them from."""
+        if arm.tier is None:
+            return
+        keys = [context.bench.keys.prefix_ref().key, *(ref.key for ref in context.refs)]
+        if arm.tier == "ram":
+            if await self.engine.warm(keys) < len(keys):
+                raise BenchError(f"{len(keys)} chunks do not fit in memory: raise the setting store.ram_gib")
+            return
+        await self.engine.cool(keys)
+        await asyncio.to_thread(drop_page_cache, store_folder(self.engine))
 
     async def check(self, arm: Arm, context: _Context, full: Shot, salt: bytes, reference: Shot) -> str | None:
         """Why the arm's output must not be trusted, or None. It also warms the arm up.
@@ -232,6 +255,9 @@ class _Run:
             return "the engine gave no account of the blend"
         if shot.stats.missing:
             return f"{shot.stats.missing} compiled rows were not found"
+        elsewhere = {c.tier for c in shot.stats.chunks} - {arm.tier}
+        if arm.tier is not None and elsewhere:
+            return f"chunks came from {', '.join(map(str, elsewhere))}, not from {arm.tier}"
         if shot.stats.mode != arm.mode:
             return f"the engine chose {shot.stats.mode} ({shot.stats.why or 'no reason given'})"
         return None
@@ -259,12 +285,13 @@ def differs(full: Shot, other: Shot, *, tie: float) -> str | None:
 
 
 def ratios_to_full(arms: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Median of each arm over the faster full prefill's, by ``name@ratio``."""
+    """Median of each arm over the faster full prefill's, by ``label``."""
     times = [a["ttft_median_s"] for a in arms if a["name"].startswith("full-") and a["ttft_median_s"]]
     best = min(times, default=None)
     return {label(a): a["ttft_median_s"] / best if best and a["ttft_median_s"] is not None else None for a in arms}
 
 
 def label(arm: dict[str, Any]) -> str:
-    """Name of a reported arm, with its ratio where it has one above zero."""
-    return f"{arm['name']}@{arm['ratio']:g}" if arm["ratio"] else str(arm["name"])
+    """Name of a reported arm, with its ratio where it has one above zero, and its tier."""
+    name = f"{arm['name']}@{arm['ratio']:g}" if arm["ratio"] else str(arm["name"])
+    return f"{name}/{arm['tier']}" if arm["tier"] else name

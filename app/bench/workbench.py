@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from app.settings import Settings
 from blend.engines import Engine, EngineConfig, open_engine
 from blend.keys import CompileContext, KeyMaker
 from blend.prompt import ChunkRef
+from blend.support import head_dim, kv_heads
 from blend.types import Prompt
-from store.types import KVKey
+from store.codec import open_codec
+from store.types import KVKey, KVLayout
 
 MEMORY_GIB = 4.0
 
@@ -76,6 +79,21 @@ class Workbench:
         return self.layout.build(refs, [{"role": "user", "content": question}], self.keys.prefix_ref())
 
 
+def store_folder(engine: Engine) -> Path:
+    """The folder of ``engine``'s store on disk."""
+    store: Any = engine.store
+    return Path(store.path)
+
+
+def stored_bytes(model: str, settings: Settings, tokens: int) -> int:
+    """About how many bytes the store takes for ``tokens`` of the model folder ``model``, before an engine is open."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    dtype = settings.dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    layout = KVLayout("", int(config["num_hidden_layers"]), kv_heads(config), head_dim(config), dtype, "")
+    codec = open_codec("raw" if settings.store.codec == "auto" else settings.store.codec)
+    return layout.layers * codec.plane_bytes(layout, tokens)
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a model folder. Raises ``OSError`` or ``ValueError`` if there is none."""
     from transformers import AutoTokenizer
@@ -99,20 +117,25 @@ async def throwaway_engine(
     model: str | None = None,
     options: dict[str, Any] | None = None,
     in_memory: bool = False,
+    codec: str | None = None,
 ) -> AsyncIterator[Engine]:
     """The engine of ``settings`` with a store in a temporary folder; both are gone afterwards.
 
     ``in_memory``: the store is in memory and drops the least recently used at the setting ``store.max_gib``, by default
-    at 4 GiB.
+    at 4 GiB. ``codec``: another than the setting ``store.codec``.
     """
+    limit = int((settings.store.max_gib or MEMORY_GIB) * 2**30)
     with tempfile.TemporaryDirectory(prefix="ragblend-") as folder:
+        changes: dict[str, Any] = {"path": Path(folder), "codec": codec or settings.store.codec}
+        if in_memory:
+            changes |= {"path": None, "max_bytes": limit, "ram_bytes": 0, "policy": "lru", "admission": False}
         config = EngineConfig(
             model=model or settings.model,
-            store=None if in_memory else Path(folder),
+            store=replace(settings.store_config, **changes),
             dtype=settings.dtype,
             max_context=settings.max_context,
             kv_cache_gib=settings.kv_cache_gib,
-            max_store_bytes=int((settings.store.max_gib or MEMORY_GIB) * 2**30) if in_memory else None,
+            load_threads=settings.store.load_threads,
             device=settings.device,
             options=options,
         )

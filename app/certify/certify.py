@@ -50,6 +50,7 @@ async def certify(
     plan: Plan,
     *,
     compile: str,
+    codec: str,
     checks: tuple[Check, ...] | None = None,
     floor: float = FLOOR,
     embed: Embed | None = None,
@@ -58,7 +59,8 @@ async def certify(
 ) -> Certificate:
     """Check and measure the model of ``engine``; the certificate says whether it passed, and if not, why.
 
-    ``compile`` names the plan's compile context (``compiled_behind``). ``checks`` were made on an engine of the same
+    ``compile`` names the plan's compile context (``compiled_behind``), ``codec`` how the engine's store keeps KV;
+    ``checks`` were made on an engine of the same
     model whose store can be read; None: this one's can. ``embed``, ``out``: see ``run_quality``. Raises
     ``CertificateError``, ``EvaluationError`` and what the engine raises.
     """
@@ -88,6 +90,7 @@ async def certify(
         engine=info.name,
         engine_version=info.version,
         compile=compile,
+        codec=codec,
         checks=checks,
         profile=tried,
         ratios=trials,

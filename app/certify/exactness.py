@@ -30,7 +30,7 @@ from blend.rope import Rope, rope_from_config
 from blend.support import head_dim
 from blend.types import BlendOptions, CompileJob, Mode, Prompt, Request, Sampling
 from store.base import Miss
-from store.types import ChunkKV, KVLayout
+from store.types import ChunkKV, KVLayout, Want
 
 # Nats by which log-probabilities of likely tokens may differ, and the share of the largest K by which a rotated K may:
 # what rounding does over a whole model. Measured on the demo model: 0.24 nats (vLLM in bfloat16, all at once and layer
@@ -118,7 +118,7 @@ class Ground:
     def stored(self, ref: ChunkRef) -> ChunkKV:
         """What the store holds. Raises ``CertificateError`` if a chunk that was just compiled is not there."""
         tokenizer = self.engine.info.tokenizer
-        found = self.engine.store.get(ref.key, self.kv, ref.token_ids, source=ref.source, tokenizer=tokenizer)
+        found = self.engine.store.get(Want(ref.key, self.kv, ref.token_ids, ref.source, tokenizer))
         if isinstance(found, Miss):
             raise CertificateError(f"chunk {ref.name} was compiled and is not in the store: {found.reason}")
         return found

@@ -34,8 +34,11 @@ def in_model(model: str, dtype: str) -> Path:
     return Path(model) / f"ragblend-certificate-{dtype}.json"
 
 
-def lookup(data_dir: Path, model: str, layout: KVLayout, tokenizer: str, compile: str) -> Certificate | None:
-    """The certificate of the model in folder ``model``, compiled behind ``compile``; ``None`` if there is none.
+def lookup(
+    data_dir: Path, model: str, layout: KVLayout, tokenizer: str, compile: str, codec: str
+) -> Certificate | None:
+    """The certificate of the model in folder ``model``, for KV compiled behind ``compile`` and stored by ``codec``;
+    ``None`` if there is none.
 
     What was measured here goes before what came with the model, whatever it says. Raises ``CertificateError`` for a
     file that cannot be trusted or is for something else.
@@ -43,12 +46,14 @@ def lookup(data_dir: Path, model: str, layout: KVLayout, tokenizer: str, compile
     for path in (in_data(data_dir, layout), in_model(model, layout.dtype)):
         if path.exists():
             found = read(path)
-            found.require(layout, tokenizer, compile)
+            found.require(layout, tokenizer, compile, codec)
             return found
     return None
 
 
-def find_all(data_dir: Path, model: str, compile: str, dtype: str | None) -> dict[str, Certificate | CertificateError]:
+def find_all(
+    data_dir: Path, model: str, compile: str, codec: str, dtype: str | None
+) -> dict[str, Certificate | CertificateError]:
     """For ``dtype``, or every one: the certificate that a service would find, or what it would say.
 
     Without an engine; so the weights are read for their fingerprint, if there is any file at all to compare it with.
@@ -70,7 +75,7 @@ def find_all(data_dir: Path, model: str, compile: str, dtype: str | None) -> dic
     found: dict[str, Certificate | CertificateError] = {}
     for name in (dtype,) if dtype else DTYPES:
         try:
-            one = lookup(data_dir, model, dataclasses.replace(layout, dtype=name), tokenizer, compile)
+            one = lookup(data_dir, model, dataclasses.replace(layout, dtype=name), tokenizer, compile, codec)
         except CertificateError as e:
             found[name] = e
         else:
@@ -79,10 +84,10 @@ def find_all(data_dir: Path, model: str, compile: str, dtype: str | None) -> dic
     return found
 
 
-def certificate_for_service(data_dir: Path, info: EngineInfo, compile: str) -> Certificate | None:
+def certificate_for_service(data_dir: Path, info: EngineInfo, compile: str, codec: str) -> Certificate | None:
     """As ``lookup``, told to the log. A file that cannot be used counts as none: full prefill is never wrong."""
     try:
-        found = lookup(data_dir, info.model, info.layout, info.tokenizer, compile)
+        found = lookup(data_dir, info.model, info.layout, info.tokenizer, compile, codec)
     except CertificateError as e:
         log.warning("the model is not certified, auto prefills in full: %s", e)
         return None
@@ -111,5 +116,5 @@ def for_report(certificate: Certificate | None) -> dict[str, object]:
     """What a running server shows of it."""
     if certificate is None:
         return {"passed": False}
-    names = ("passed", "selector", "ratio", "compile", "created", "reasons")
+    names = ("passed", "selector", "ratio", "compile", "codec", "created", "reasons")
     return {name: value for name, value in dataclasses.asdict(certificate).items() if name in names}

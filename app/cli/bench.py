@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app.cli.novelty import novelty
 from app.cli.options import Config, EngineName, Json, ManyCommand, Model, help_alone, read_settings
 from app.cli.output import Meter, note, print_json, print_table, quiet_engines, stdout_is_for_results
 
@@ -19,6 +20,7 @@ group = typer.Typer(help="Measure.", rich_markup_mode=None)
 
 
 def add_to(app: typer.Typer) -> None:
+    group.command("novelty")(novelty)
     app.add_typer(group, name="bench")
 
 
@@ -35,6 +37,10 @@ def ttft(
     ratio: Annotated[list[float] | None, typer.Option("--ratio", help="Recompute ratios.  [default: 0.15]")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed requests of each arm.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random contexts.")] = 0,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option("--tier", help="Where chunks lie: ram, ssd (page cache dropped).  [default: as it comes]"),
+    ] = None,
     synthetic: Annotated[
         bool,
         typer.Option("--synthetic", help="Time a 0.46 B model with random weights (made once, in the cache folder)."),
@@ -55,7 +61,7 @@ def ttft(
     from app.bench.ttft import Setup, ratios_to_full
 
     settings = read_settings(config, model=model, engine=engine)
-    setup = Setup(context, chunk, tuple(ratio or [0.15]), repeats, seed)
+    setup = Setup(context, chunk, tuple(ratio or [0.15]), repeats, seed, tuple(tier or ()))
     quiet_engines(settings.model)
     with stdout_is_for_results():
         path = _synthetic(settings) if synthetic else settings.model
@@ -68,12 +74,13 @@ def ttft(
         print_json({"arms": reports, "context": context, "chunk": chunk, "machine": machine})
     else:
         relative = list(ratios_to_full(reports).values())
+        columns = ("ratio", "ttft_median_s", "ttft_p10_s", "ttft_p90_s")
         rows = [
-            [r["name"], *(_digits(r[c]) for c in ("ratio", "ttft_median_s", "ttft_p10_s", "ttft_p90_s")), _digits(x)]
+            [r["name"], r["tier"], *(_digits(r[c]) for c in columns), _digits(x)]
             for r, x in zip(reports, relative, strict=True)
         ]
         title = f"TTFT, {context} context tokens in chunks of {chunk}, {repeats} repeats, {machine['model']}"
-        print_table(title, ["arm", "ratio", "median s", "p10", "p90", "of full"], rows)
+        print_table(title, ["arm", "tier", "ratio", "median s", "p10", "p90", "of full"], rows)
     if any(arm.problem for arm in arms):
         raise typer.Exit(1)
 

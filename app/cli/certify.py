@@ -99,15 +99,17 @@ async def _certify(
         note(f"certify: answers go to {out}; run the same command again to go on after an interruption")
     options = settings.engine_options
     with Meter("certify", len(CHECKS) + len(plan.indices) * len(plan.source.tasks)) as meter:
-        # Exactness looks into the store, so it lies in a folder; the many chunks of the calibration come and go, so
-        # theirs is one that drops the oldest, which with vLLM nobody outside its worker can read.
-        async with throwaway_engine(settings, options=options) as engine:
+        # Exactness looks into the store for what was computed, so that one lies in a folder, unchanged by a codec; the
+        # many chunks of the calibration come and go, so theirs is one that drops the oldest, which with vLLM nobody
+        # outside its worker can read.
+        async with throwaway_engine(settings, options=options, codec="raw") as engine:
             info, tokenizer = engine.info, load_tokenizer(settings.model)
             note(f"certify: {settings.model} in {info.layout.dtype} on {info.name} {info.version}, {info.device}")
             checks = await check_exactness(engine, tokenizer, seed=plan.seed, progress=lambda text: meter(text))
         async with throwaway_engine(settings, options=options, in_memory=True) as engine:
             certificate = await run(
-                engine, tokenizer, plan, compile=compiled_behind(settings.compile), checks=checks, floor=floor,
+                engine, tokenizer, plan, compile=compiled_behind(settings.compile), codec=settings.store.codec,
+                checks=checks, floor=floor,
                 embed=embed, out=out, progress=lambda text: meter(text),
             )  # fmt: skip
     places = [in_data(settings.data_dir, info.layout)]

@@ -35,6 +35,15 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
+def human(size: float) -> str:
+    """Bytes in the unit that fits."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: int = 1) -> None:
     """A table on stdout; columns from ``numbers`` on are right-aligned. In a pipe it is a Markdown table."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]

@@ -105,6 +105,8 @@ def line(report: PrecomputeReport) -> str:
     """One line of figures. Tokens per second count what ran through the model."""
     rate = report.tokens / report.seconds if report.seconds else 0.0
     counts = f"done {report.done}, skipped {report.skipped}, failed {report.failed}"
+    if report.refused:
+        counts += f", refused by a full store {report.refused}"
     if report.cascaded or report.removed:
         counts += f"; {report.cascaded} behind new neighbours, {report.removed} stale removed"
     return f"{counts}; {report.bytes / 2**30:.3f} GiB, {rate:.0f} tokens/s"
@@ -115,6 +117,7 @@ def view(report: PrecomputeReport, *, interrupted: bool = False) -> dict[str, An
     return {
         "done": report.done,
         "skipped": report.skipped,
+        "refused": report.refused,
         "failed": report.failed,
         "cascaded": report.cascaded,
         "removed": report.removed,

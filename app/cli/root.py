@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from app.cli import ask, bench, cache, certify, doctor, evaluate, guard, ingest, precompute, search, serve
+from app.cli import ask, bench, cache, certify, doctor, estimate, evaluate, guard, ingest, precompute, search, serve
 from app.cli.options import help_alone
 from app.cli.output import note
 
@@ -79,6 +79,7 @@ def root(
 
 serve.add_to(app)
 ingest.add_to(app)
+estimate.add_to(app)
 precompute.add_to(app)
 ask.add_to(app)
 search.add_to(app)

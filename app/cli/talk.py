@@ -73,6 +73,12 @@ class Server:
         """Have the guard forget a collection."""
         self._call("DELETE", f"/guard/{quote(collection, safe='')}")
 
+    def cache(self, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """``GET /cache/WHAT``, or ``POST`` with a ``body``."""
+        return self._call(
+            "GET" if body is None else "POST", f"/cache/{what}", **({} if body is None else {"json": body})
+        )
+
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
             answer = self._http.request(method, path, **options)

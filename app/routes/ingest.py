@@ -13,13 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from app.errors import BadRequestError, BodyTooLargeError, MalformedBodyError, NotReadyError
+from app.estimate import Estimator, estimate
 from app.ingest import items_of, open_collection
 from app.jobs import Content, Item, Job, Jobs
 from app.routes.common import ServiceOf, json_bytes, json_schema
 from app.schema.body import check, parse_json, read_body, warning_header
-from app.schema.ingest import FormFields, IngestRequest
+from app.schema.ingest import FormFields, IngestDocument, IngestRequest
 from app.service import Service
-from retriever.parse import formats
+from retriever.clean import clean
+from retriever.parse import formats, from_text
 
 MIB = 1 << 20
 router = APIRouter()
@@ -39,6 +41,15 @@ async def ingest(request: Request, service: ServiceOf, wait: bool = False) -> Re
         await _ended(jobs, job, service.settings.limits.request_s)
     headers = {"location": f"/jobs/{job.id}"} | warning_header(unknown)
     return JSONResponse(job.view(), 200 if job.finished_at is not None else 202, headers)
+
+
+@router.post("/ingest/estimate", openapi_extra=json_schema(IngestRequest))
+async def ingest_estimate(request: Request, service: ServiceOf) -> Response:
+    """What ingesting and precomputing these JSON documents would take: tokens, GiB, minutes. Nothing is changed."""
+    body, unknown = read_body(await json_bytes(request), IngestRequest, strict=service.settings.strict)
+    items_of(body.documents)  # refuses what ingesting would refuse
+    found = await asyncio.to_thread(_estimate, service, body.documents)
+    return JSONResponse(found, headers=warning_header(unknown))
 
 
 @router.get("/ingest/formats")
@@ -65,6 +76,20 @@ async def file_content(service: ServiceOf, file_id: str) -> Response:
     text = await asyncio.to_thread(service.retriever.document_text, file_id)
     headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
     return PlainTextResponse(text, headers=headers)
+
+
+def _estimate(service: Service, documents: Sequence[IngestDocument]) -> dict[str, Any]:
+    settings, store = service.settings, service.engine.store
+    estimator = Estimator(service.keys, service.layout, store, settings)
+    for d in documents:
+        if d.chunks is not None:
+            estimator.ready_made([clean(text) for text in d.chunks])
+        else:
+            name = d.filename or f"{d.title or d.id or 'document'}.txt"
+            estimator.incoming([from_text(d.text or "", title=d.title, filename=name, document_id=d.id)])
+    info = service.engine.info
+    rate = service.rates.find(info.name, info.layout)
+    return estimate(estimator.work, service.keys, store, settings, rate).view()
 
 
 def _jobs(service: Service) -> Jobs:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from app.certify.lookup import for_report
 from app.errors import NotReadyError, failure
 from app.metrics import CONTENT_TYPE
+from app.routes.cache import store_stats
 from app.routes.common import ServiceOf
 from app.service import Service
 from store.errors import StoreError
@@ -54,7 +55,7 @@ async def metrics(service: ServiceOf) -> Response:
     own.jobs.set(service.jobs.running if service.jobs else 0)
     own.running.set(service.traffic.running)
     try:
-        own.store_bytes.set((await asyncio.to_thread(service.engine.store.stats)).bytes)
+        own.store.show(await store_stats(service))
     except StoreError as e:
         log.warning("the store gave no figures: %s", e)
     text = own.text() + await service.engine.metrics()

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from blend.certificate import Certificate
 from blend.types import CompileJob, CompileResult, Delta, Request
-from store.base import KVStore
-from store.types import KVLayout
+from store.base import KVStore, StoreStats
+from store.config import StoreConfig
+from store.types import KVKey, KVLayout
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """What an engine needs to start.
 
-    ``model`` is a Hugging Face model folder; ``store`` the store's folder (``None``: memory, for tests). ``None`` for
-    ``dtype``, ``max_context`` and ``kv_cache_gib`` means the model's own or the engine's default. ``options`` are the
-    engine's own arguments, and ``min_context_tokens`` for ``blend.decide``.
+    ``model`` is a Hugging Face model folder; ``store`` what the store is opened with (default: in memory). A request
+    waits for its chunks' KV up to ``load_timeout_s`` (``None``: as long as it takes) and computes what is late;
+    ``load_threads`` read it. ``None`` for ``dtype``, ``max_context`` and ``kv_cache_gib`` means the model's own or the
+    engine's default. ``options`` are the engine's own arguments, and ``min_context_tokens`` for ``blend.decide``.
     """
 
     model: str
-    store: Path | None
+    store: StoreConfig = field(default_factory=StoreConfig)
     dtype: str | None = None
     max_context: int | None = None
     kv_cache_gib: float | None = None
-    max_store_bytes: int | None = None
+    load_timeout_s: float | None = None
+    load_threads: int = 2
     device: str = "auto"
     seed: int = 0
     options: dict[str, Any] | None = None
@@ -61,7 +63,8 @@ class Engine(Protocol):
 
     @property
     def store(self) -> KVStore:
-        """The engine's store, for look-ups and reports (with vLLM a read-only view: its worker writes)."""
+        """The engine's store, for look-ups, control and reports. With vLLM it is this process's view of the disk: the
+        memory in front of it is the worker's, see ``warm``, ``cool`` and ``store_stats``."""
         ...
 
     def generate(self, request: Request) -> AsyncIterator[Delta]:
@@ -73,6 +76,18 @@ class Engine(Protocol):
 
     async def compile(self, job: CompileJob) -> CompileResult:
         """Run ``job`` and write its chunks to the store. Raises ``StoreError``, ``NonFiniteError``, ``EngineError``."""
+        ...
+
+    async def warm(self, keys: Sequence[KVKey]) -> int:
+        """Bring entries into the fastest tier of the process that blends; how many are there after it."""
+        ...
+
+    async def cool(self, keys: Sequence[KVKey]) -> int:
+        """Drop entries from that tier, they stay in the next; how many were there."""
+        ...
+
+    async def store_stats(self) -> StoreStats:
+        """What the store of the process that blends holds, tier by tier."""
         ...
 
     async def check(self) -> None:

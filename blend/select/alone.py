@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blend.load import write
 from blend.model import Observed
 from kernels.attention_mass import attention_mass
 from kernels.rotate import rotate
@@ -34,15 +33,17 @@ def alone(state: Blend, *, among: Tensor | None = None) -> Tensor:
     lost = loaded.missing_rows[loaded.missing_rows < base]
     places = torch.arange(base, base + question.numel())
     rows = torch.cat([lost, places])
-    keys, q = loaded.k[-1].clone(), torch.empty(0)
+    fresh = q = torch.empty(0)
 
     def keep(layer: int, seen: Observed) -> None:
-        nonlocal q
+        nonlocal fresh, q
         if layer == model.layout.layers - 1:
-            keys[lost], q = seen.k[: lost.numel()].cpu(), seen.q[lost.numel() :].cpu()
+            fresh, q = seen.k[: lost.numel()].cpu(), seen.q[lost.numel() :].cpu()
 
     state.walk(rows, hidden=model.embed(torch.cat([state.ids[lost], state.ids[question]])), watch=keep, counted=lost)
-    write(model, loaded, places[places < n])
+    loaded.restore(places[places < n])
+    keys = loaded.layer(model.layout.layers - 1)[0].clone()
+    keys[lost] = fresh
     there = loaded.present.clone() if among is None else loaded.present & among
     there[lost] = True
     seen_rows = there.nonzero().flatten()

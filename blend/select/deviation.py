@@ -70,10 +70,10 @@ class Deviation:
         def compare(layer: int, seen: Observed) -> None:
             k, v = seen.k[: n - state.computed].cpu(), seen.v[: n - state.computed].cpu()
             if layer in checks:
-                old = state.loaded.k[layer, context], state.loaded.v[layer, context]
-                scores[context] += deviation(k, v, *old, use=self.on)
+                old_k, old_v = state.loaded.layer(layer)
+                scores[context] += deviation(k, v, old_k[context], old_v[context], use=self.on)
             # The model's cache holds fresh KV of these layers now, and so must our view of it.
-            state.loaded.k[layer, context], state.loaded.v[layer, context] = k, v
+            state.loaded.replace(layer, context, k, v)
 
         hidden = state.walk(rows, last=top, watch=compare)
         if self.threshold < 1:
@@ -111,8 +111,9 @@ class Deviation:
         places = torch.searchsorted(rows, alive)
 
         def compare(layer: int, seen: Observed) -> None:
-            old = state.loaded.k[layer, alive], state.loaded.v[layer, alive]
-            scores[alive] = deviation(seen.k[places].cpu(), seen.v[places].cpu(), *old, use=self.on)
+            old_k, old_v = state.loaded.layer(layer)
+            fresh = seen.k[places].cpu(), seen.v[places].cpu()
+            scores[alive] = deviation(*fresh, old_k[alive], old_v[alive], use=self.on)
 
         return compare
 

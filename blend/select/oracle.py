@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from blend.load import write
 from blend.model import Observed
 from blend.select.base import Plain, Selection, eligible
 from blend.select.spec import Convert, one_of
@@ -43,12 +42,15 @@ class Oracle(Plain):
 
         def compare(layer: int, seen: Observed) -> None:
             k, v = seen.k.cpu(), seen.v.cpu()
+            old_k, old_v = loaded.layer(layer)
             if self.by == "deviation":
-                scores[part] += deviation(k[:count], v[:count], loaded.k[layer, part], loaded.v[layer, part])
+                scores[part] += deviation(k[:count], v[:count], old_k[part], old_v[part])
             elif question.numel():
-                keys = torch.cat([loaded.k[layer, : state.computed], k])
+                cached = old_k[: state.computed].clone()
+                cached[~loaded.present[: state.computed]] = 0  # only the engine's own prefix cache holds them
+                keys = torch.cat([cached, k])
                 attention_mass(seen.q[count:].cpu(), keys, question, scale=state.model.scale, out=scores)
 
         state.walk(torch.cat([context, question]), watch=compare)
-        write(state.model, loaded, context)
+        loaded.restore(context)
         return chosen.add(select_rows(scores[:n], budget, eligible=ok))

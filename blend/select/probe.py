@@ -23,9 +23,9 @@ def probe(state: Blend, repair: Tensor, *, layers: frozenset[int] | None = None,
     The walk ends with the deepest of ``layers`` (None: all). The softmax runs over the rows of ``among`` [N] bool, the
     ``repair`` rows and the question (None: over every row); other rows score 0.
     """
-    n, m = state.prompt.context_tokens, repair.numel()
+    n, m, layout = state.prompt.context_tokens, repair.numel(), state.model.layout
     question = state.question_rows
-    keys = torch.zeros(int(question[-1]) + 1, *state.loaded.k.shape[2:], dtype=state.loaded.k.dtype)
+    keys = torch.zeros(int(question[-1]) + 1, layout.heads, layout.head_dim, dtype=layout.torch_dtype)
     mass = torch.zeros(keys.shape[0])
     seen_rows: Tensor | None = None
     if among is not None:
@@ -34,11 +34,15 @@ def probe(state: Blend, repair: Tensor, *, layers: frozenset[int] | None = None,
         mask[repair] = mask[question] = True
         seen_rows = mask.nonzero().flatten()
 
+    # Rows that only the engine's own prefix cache holds.
+    unknown = (~state.loaded.present[: state.computed]).nonzero().flatten()
+
     def add(layer: int, seen: Observed) -> None:
         if layers is not None and layer not in layers:
             return
         fresh = seen.k.cpu()
-        keys[:n] = state.loaded.k[layer]
+        keys[:n] = state.loaded.layer(layer)[0]
+        keys[unknown] = 0
         keys[repair], keys[question] = fresh[:m], fresh[m:]
         if seen_rows is None:
             attention_mass(seen.q[m:].cpu(), keys, question, scale=state.model.scale, out=mass)

@@ -110,7 +110,7 @@ def anchor_rows(state: Blend, part: float, layers: frozenset[int]) -> Tensor:
     segment, place = chunk_rows(state.prompt)
     norms = torch.zeros(loaded.present.shape)
     for layer in sorted(layers):
-        norms += loaded.k[layer].float().norm(dim=-1).sum(dim=-1)
+        norms += loaded.layer(layer)[0].float().norm(dim=-1).sum(dim=-1)
     wanted = (torch.bincount(segment).double() * part).ceil()
     mask = (ranks(-norms, segment) < wanted[segment]) | (place == 0)
     for s in state.prompt.segments:

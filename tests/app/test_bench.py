@@ -15,7 +15,7 @@ from app.bench.synthetic import Shape, make_synthetic_model
 from app.bench.ttft import BenchError, Setup, Shot, differs, make_arms, ratios_to_full, run_ttft
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.types import CompileJob, CompileResult, Delta, Request
-from store import MemoryStore
+from store.memory import MemoryStore
 
 SETUP = Setup(context=300, chunk=128, ratios=(0.1, 0.5), repeats=3)
 

@@ -20,7 +20,7 @@ from app.trivial import LAYOUT, TrivialEngine
 from blend.certificate import read, write
 from blend.errors import CertificateError
 from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
-from kernels.rotate import rotate
+from kernels.rotate import angles
 from store.memory import MemoryStore
 from tests.app.conftest import Kit, OpenKit
 from tests.certificates import passing
@@ -127,7 +127,7 @@ def test_what_was_measured_here_goes_before_what_came_with_the_model(tmp_path: P
     info = replace(TrivialEngine(MemoryStore()).info, model=str(model))
 
     def find() -> Any:
-        return lookup(data, info.model, info.layout, info.tokenizer, "document")
+        return lookup(data, info.model, info.layout, info.tokenizer, "document", "raw")
 
     assert find() is None
     write(passing(info, ratio=0.05), in_model(str(model), "float32"))
@@ -148,7 +148,7 @@ def run(*args: str | Path) -> Any:
 
 def test_the_demo_ships_certified() -> None:
     """For vLLM on a CPU (bfloat16) and for the transformers engine (float32): `make certify`."""
-    found = find_all(Path("/nowhere"), str(DEMO), "document", None)
+    found = find_all(Path("/nowhere"), str(DEMO), "document", "raw", None)
     for dtype in ("float32", "bfloat16"):
         one = found.get(dtype)
         assert not isinstance(one, CertificateError), one
@@ -165,7 +165,7 @@ def test_the_fingerprint_does_not_cover_the_certificate(tmp_path: Path) -> None:
 
 
 def test_a_broken_engine_fails_the_command_and_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blend.load, "rotate", lambda k, delta, inv_freq, **how: rotate(k, -delta, inv_freq, **how))
+    monkeypatch.setattr(blend.load, "angles", lambda delta, *how: angles(-delta, *how))
     result = run("certify", "--model", DEMO, "--engine", "transformers", "--data-dir", tmp_path)
     assert result.exit_code == 1, result.output
     assert "| rotation | NO |" in result.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from blend.engines.transformers.model import ATTENTION, RowModel, _attend
 from blend.select import AUTO
 from blend.select.all import AllRows
 from blend.select.base import Selection
-from kernels.rotate import rotate
+from kernels.rotate import angles, rotate
 from store.base import Miss
 from tests.blend.tiny import write_model
 
@@ -35,7 +36,7 @@ NAMES = ["every-row", "full-recompute", "stored-bytes", "compiled-place", "causa
 
 
 async def start(model: Path, dtype: str = "float32") -> Engine:
-    return await open_engine("transformers", EngineConfig(str(model), None, dtype=dtype, device="cpu"))
+    return await open_engine("transformers", EngineConfig(str(model), dtype=dtype, device="cpu"))
 
 
 @pytest.fixture
@@ -72,14 +73,14 @@ async def test_rounding_is_no_failure(dtype: str) -> None:
 
 @pytest.mark.parametrize("wrong", [lambda d: -d, lambda d: d + 1, lambda d: d * 0])
 async def test_a_wrong_rotation_fails(
-    demo: Engine, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], int]
+    demo: Engine, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor]
 ) -> None:
     """Only chunks that move are turned, so all else still holds."""
 
-    def turned(k: Tensor, delta: int, inv_freq: Tensor, **how: Any) -> Tensor:
-        return rotate(k, wrong(delta), inv_freq, **how)
+    def turned(delta: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        return angles(wrong(delta), *how)
 
-    monkeypatch.setattr(blend.load, "rotate", turned)
+    monkeypatch.setattr(blend.load, "angles", turned)
     assert await failing(demo) == ["rotation"]
 
 
@@ -132,13 +133,20 @@ async def test_rows_written_to_the_wrong_place_fail(demo: Engine, monkeypatch: p
 
 
 async def test_a_store_that_alters_what_it_holds_fails(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = blend.load._fetch
+    find = blend.load._find
 
     def altered(*args: Any) -> Any:
-        chunk = fetch(*args)
-        return chunk if isinstance(chunk, Miss) else replace(chunk, v=chunk.v * (1 + 1e-6))
+        found = find(*args)
+        if isinstance(found, Miss):
+            return found
 
-    monkeypatch.setattr(blend.load, "_fetch", altered)
+        def read(layer: int, k: Tensor, v: Tensor) -> None:
+            found.read(layer, k, v)
+            v.mul_(1 + 1e-6)
+
+        return SimpleNamespace(header=found.header, tier=found.tier, read=read)
+
+    monkeypatch.setattr(blend.load, "_find", altered)
     assert await failing(demo) == ["stored-bytes"]
 
 
@@ -154,7 +162,7 @@ async def test_keys_compiled_one_row_off_fail(demo: Engine, monkeypatch: pytest.
 
 
 async def test_a_model_that_is_not_exact_is_not_calibrated(demo: Engine, leaky_mask: None) -> None:
-    made = await certify(demo, load_tokenizer(str(DEMO)), small_plan(), compile="document")
+    made = await certify(demo, load_tokenizer(str(DEMO)), small_plan(), compile="document", codec="raw")
     assert not made.passed
     assert made.profile == made.ratios == ()
     assert any(r.startswith("check causality failed: ") and "allowed 0" in r for r in made.reasons)
@@ -170,14 +178,16 @@ def small_plan(context: Any = "document", **more: Any) -> Any:
 
 @pytest.fixture
 async def certified_demo(demo: Engine, tmp_path: Path) -> Any:
-    return await certify(demo, load_tokenizer(str(DEMO)), small_plan(), compile="document", out=tmp_path / "out.jsonl")
+    return await certify(
+        demo, load_tokenizer(str(DEMO)), small_plan(), compile="document", codec="raw", out=tmp_path / "out.jsonl"
+    )
 
 
 async def test_the_demo_model_passes(demo: Engine, certified_demo: Any, tmp_path: Path) -> None:
     made = certified_demo
     assert (made.passed, made.reasons) == (True, ())
     assert made.ratio in (0.05, 0.1, 0.15, 0.25)
-    made.require(demo.info.layout, demo.info.tokenizer, "document")
+    made.require(demo.info.layout, demo.info.tokenizer, "document", "raw")
     assert made.selector in {t.selector for t in made.profile} == set(candidates(demo.info.layout.layers))
     whole = [t for t in made.ratios if t.task == "all"]
     assert [t.ratio for t in whole] == [0.0, 0.05, 0.1, 0.15, 0.25]
@@ -193,7 +203,7 @@ async def test_an_interrupted_run_goes_on_and_finds_the_same(
     out = tmp_path / "out.jsonl"
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:4]) + lines[4][:40])  # died in the middle of a line
-    again = await certify(demo, load_tokenizer(str(DEMO)), small_plan(), compile="document", out=out)
+    again = await certify(demo, load_tokenizer(str(DEMO)), small_plan(), compile="document", codec="raw", out=out)
     assert replace(again, created="") == replace(certified_demo, created="")
     assert len(out.read_bytes().splitlines()) == len(lines)
 
@@ -203,7 +213,7 @@ async def test_random_weights_do_not_pass(tmp_path: Path) -> None:
     engine = await start(write_model(tmp_path / "tiny", "llama"))
     try:
         plan = small_plan("prefix", chunk_tokens=(20, 40), max_tokens=8)
-        made = await certify(engine, load_tokenizer(engine.info.model), plan, compile="prefix")
+        made = await certify(engine, load_tokenizer(engine.info.model), plan, compile="prefix", codec="raw")
     finally:
         await engine.stop()
     assert all(c.passed for c in made.checks)

@@ -194,7 +194,7 @@ class TestDocuments:
 
         listing = data("cache", "ls")
         assert listing["total"] == len(listing["entries"]) == 3  # our prefix and two chunks
-        assert set(listing["entries"][0]) == {"key", "tokens", "bytes", "layout"}
+        assert set(listing["entries"][0]) >= {"key", "tokens", "bytes", "layout", "title", "pinned"}
         assert len(data("cache", "ls", "--limit", "1")["entries"]) == 1
         assert data("cache", "verify") == {"checked": 3, "bad": [], "repaired": 0}
 

@@ -19,7 +19,7 @@ from app.trivial import TrivialEngine
 from blend.errors import UnknownSelectorError
 from blend.types import CompileJob, CompileResult, Delta, Request
 from retriever.embed import HashEmbedder
-from store import MemoryStore
+from store.memory import MemoryStore
 
 DATA = Path(__file__).parent / "questions.jsonl"
 TWO = ("same-chunk", "cross-chunk")

@@ -16,7 +16,7 @@ from app.evaluate.quality import run_quality
 from app.evaluate.styles import STYLES, find_style
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.types import Request
-from store import MemoryStore
+from store.memory import MemoryStore
 
 DATA = Path(__file__).parent / "questions.jsonl"
 MUSIQUE = Path(__file__).resolve().parents[3] / "shared/data/musique_dev.json"

@@ -15,7 +15,7 @@ from app.diagnosis import diagnose
 from app.errors import StartError
 from app.guard.state import FILE, Level, State, read_state, write_state
 from app.metrics import Metrics
-from store import open_store
+from store import StoreConfig, open_store
 
 from .conftest import OpenKit, make_settings
 from .guarded import GUARD, UNFAITHFUL, ask, gauge, guarded_kit
@@ -23,14 +23,14 @@ from .guarded import GUARD, UNFAITHFUL, ask, gauge, guarded_kit
 
 async def test_a_restart_keeps_the_level_and_the_window(open_kit: OpenKit, tmp_path: Path) -> None:
     store = tmp_path / "kv"
-    first = await guarded_kit(open_kit, UNFAITHFUL, store=open_store(store))
+    first = await guarded_kit(open_kit, UNFAITHFUL, store=open_store(StoreConfig(path=store)))
     await ask(first)
     await first.service.close()
-    second = await open_kit(faithful_ratio=UNFAITHFUL, guard=GUARD, store=open_store(store))
+    second = await open_kit(faithful_ratio=UNFAITHFUL, guard=GUARD, store=open_store(StoreConfig(path=store)))
     assert (await ask(second))[1]["why"] is None  # the second of two comparisons
     assert "ratio raised to 0.3" in (await ask(second))[1]["why"]
     await second.service.close()
-    third = await open_kit(faithful_ratio=UNFAITHFUL, guard=GUARD, store=open_store(store))
+    third = await open_kit(faithful_ratio=UNFAITHFUL, guard=GUARD, store=open_store(StoreConfig(path=store)))
     assert gauge(third, "level") == 0.3
     assert "ratio raised to 0.3" in (await ask(third))[1]["why"]
 

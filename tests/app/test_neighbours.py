@@ -14,8 +14,8 @@ from app.errors import SettingsError, StartError
 from app.precompute import PrecomputeReport, precompute
 from app.sweep import sweep
 from blend.types import CompileJob, CompileResult
+from store import StoreConfig, open_store
 from store.errors import StoreIOError
-from store.lmdb_store import LmdbStore
 from store.memory import MemoryStore
 from store.types import KVKey
 
@@ -239,14 +239,14 @@ async def test_a_document_in_two_collections_loses_kv_in_the_one_it_is_deleted_f
 
 
 async def test_a_crash_between_the_deletion_and_the_sweep_loses_neither(open_kit: OpenKit, tmp_path: Path) -> None:
-    kit = await open_kit(store=LmdbStore(tmp_path / "kv"), **SETTINGS)
+    kit = await open_kit(store=open_store(StoreConfig(path=tmp_path / "kv")), **SETTINGS)
     watching = Behind(kit)
     await kit.ingest([document(n) for n in range(6)])
     concerned, text = having(kit, "d3"), dict(watching.text)
     kit.service.retriever.delete_document("doc3")
     await kit.service.close()
 
-    again = await open_kit(store=LmdbStore(tmp_path / "kv"), **SETTINGS)
+    again = await open_kit(store=open_store(StoreConfig(path=tmp_path / "kv")), **SETTINGS)
     watching = Behind(again)
     watching.text |= text
     assert any("d3" in behind for behind in watching.stored().values()), "this test shows nothing"

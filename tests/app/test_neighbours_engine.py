@@ -16,7 +16,7 @@ from app.service import Service
 from app.settings import load_settings
 from retriever.embed import HashEmbedder
 from retriever.types import DocumentInfo
-from store.base import Miss
+from store import Miss, Want
 from tests.blend.tiny import Truth, sentence, write_model
 
 
@@ -68,9 +68,8 @@ def differences(service: Service, truth: Truth, documents: list[DocumentInfo]) -
             before = list(layout.prefix) + [t for n in near[::-1] for t in layout.chunk_ids(n.text)]
             k, v = truth.kv(before + list(ref.token_ids))
             info = service.engine.info
-            stored = service.engine.store.get(
-                ref.key, info.layout, ref.token_ids, source=service.keys.source(own.id), tokenizer=info.tokenizer
-            )
+            wanted = Want(ref.key, info.layout, ref.token_ids, service.keys.source(own.id), info.tokenizer)
+            stored = service.engine.store.get(wanted)
             assert not isinstance(stored, Miss), (own.id, stored)
             assert stored.k_position == len(before)
             found.append(max(float((stored.k - k[:, len(before) :]).abs().max()),

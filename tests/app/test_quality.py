@@ -41,7 +41,7 @@ def tasks() -> dict[str, Any]:
     """Isolated compile, ``auto`` and ``random`` at every ratio: the report's tasks."""
 
     async def ask() -> dict[str, Any]:
-        engine = await open_engine("transformers", EngineConfig(DEMO, None))
+        engine = await open_engine("transformers", EngineConfig(DEMO))
         try:
             return await run_quality(engine, load_tokenizer(DEMO), plan(RATIOS))
         finally:
@@ -115,7 +115,7 @@ def document_tasks() -> dict[str, Any]:
         asked = Plan(
             arms, seed=3, questions=8, documents=8, tasks=(*CLAIMED, UNKNOWABLE), compile=("document", "prefix")
         )
-        engine = await open_engine("transformers", EngineConfig(DEMO, None))
+        engine = await open_engine("transformers", EngineConfig(DEMO))
         try:
             return await run_quality(engine, load_tokenizer(DEMO), asked)
         finally:
@@ -152,7 +152,7 @@ async def test_the_order_of_documents_matters_to_a_blend_no_more_than_to_full_pr
     """Answers that change when the documents are shuffled: noise is one question of twenty."""
     asked = plan((0.1,))
     trials = [t for t in asked.trials if t.arm.name in ("full", "auto")]
-    engine = await open_engine("transformers", EngineConfig(DEMO, None))
+    engine = await open_engine("transformers", EngineConfig(DEMO))
     changed = dict.fromkeys((t.key for t in trials), 0)
     try:
         asker = Asker(engine, load_tokenizer(DEMO), asked)

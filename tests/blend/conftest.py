@@ -99,11 +99,12 @@ def any_engine(request: pytest.FixtureRequest, engines: Callable[[str, str], Ser
 
 @pytest.fixture
 def reference(loop: Loop, tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Served]]:
-    """``reference(kind="llama", **EngineConfig fields)``: a fresh transformers engine with a store in memory."""
+    """``reference(kind="llama", **EngineConfig fields)``: a fresh transformers engine with a store in memory, or in
+    the folder ``path``."""
     made: list[Served] = []
 
     def start(kind: str = "llama", **config: Any) -> Served:
-        made.append(open_served(loop, "transformers", kind, tiny_model(kind), **{"store": None, **config}))
+        made.append(open_served(loop, "transformers", kind, tiny_model(kind), **{"path": None, **config}))
         return made[-1]
 
     yield start
@@ -118,7 +119,7 @@ def weights(tiny_model: Callable[[str], Path]) -> Callable[[str], Weights]:
 
     def get(kind: str = "llama") -> Weights:
         if kind not in made:
-            made[kind] = load_weights(EngineConfig(str(tiny_model(kind)), None, dtype="float32", device="cpu"))
+            made[kind] = load_weights(EngineConfig(str(tiny_model(kind)), dtype="float32", device="cpu"))
         return made[kind]
 
     return get

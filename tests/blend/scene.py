@@ -11,7 +11,8 @@ from blend.engines.transformers.model import RowModel, Weights
 from blend.load import load
 from blend.method import Blend, compile_chunks
 from blend.types import CompileJob, Prompt, Segment
-from store import ChunkKV, KVKey, MemoryStore
+from store import ChunkKV, KVKey
+from store.memory import MemoryStore
 
 SIZES = (6, 20, 1, 33, 12)  # the first is the prefix
 MISSING = 3

@@ -22,7 +22,7 @@ from blend.rope import rope_from_config
 from blend.support import head_dim
 from blend.types import BlendOptions, BlendStats, CompileResult, Prompt, Request, Sampling
 from kernels.rotate import rotate
-from store import Miss
+from store import Miss, StoreConfig, Want
 from tests.certificates import passing
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Served:
         for s in prompt.segments[:-1]:
             info, ids = self.engine.info, prompt.token_ids[s.start : s.stop]
             assert s.key is not None
-            chunk = self.engine.store.get(s.key, info.layout, ids, source=s.source, tokenizer=info.tokenizer)
+            chunk = self.engine.store.get(Want(s.key, info.layout, ids, s.source, info.tokenizer))
             assert not isinstance(chunk, Miss)
             keys.append(rotate(chunk.k, s.start - chunk.k_position, inv_freq))
             values.append(chunk.v)
@@ -146,12 +146,16 @@ class Served:
         return self.loop.run(gather())
 
 
-def open_served(loop: Loop, name: str, kind: str, folder: Path, store: Path | None, **config: Any) -> Served:
+def open_served(
+    loop: Loop, name: str, kind: str, folder: Path, path: Path | None, store: StoreConfig | None = None, **config: Any
+) -> Served:
+    """An engine; its store in the folder ``path`` with memory in front, or in memory only, or as ``store`` says."""
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     options: dict[str, Any] = {"min_context_tokens": 64}
     if name == "vllm" and kind != "llama":
         options["enforce_eager"] = True  # starts sooner; compiled is tested once
+    store = store or StoreConfig(path=path, ram_bytes=(64 << 20) if path else 0)
     settings = {"model": str(folder), "store": store, "dtype": "float32", "max_context": 2048, "kv_cache_gib": 0.25}
     engine = loop.run(open_engine(name, EngineConfig(**{**settings, "options": options, **config})))
     engine.certificate = passing(engine.info)

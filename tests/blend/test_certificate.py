@@ -115,9 +115,11 @@ def test_a_list_is_no_certificate(path: Path) -> None:
     ({"layout": replace(LAYOUT, layers=7)}, "layout digest"),
     ({"tokenizer": "56" * 32}, f"tokenizer fingerprint {'ef' * 32}, this is {'56' * 32}"),
     ({"compile": "prefix"}, "compile context document, this is prefix"),
+    ({"codec": "int4"}, "KV stored as raw, this is int4"),
+    ({"codec": "auto"}, "KV stored as raw, this is auto"),
 ])  # fmt: skip
 def test_a_certificate_of_something_else_names_both(path: Path, change: dict[str, Any], said: str) -> None:
-    own: dict[str, Any] = {"layout": LAYOUT, "tokenizer": "ef" * 32, "compile": "document"}
+    own: dict[str, Any] = {"layout": LAYOUT, "tokenizer": "ef" * 32, "compile": "document", "codec": "raw"}
     found = read(path)
     found.require(**own)
     with pytest.raises(CertificateError, match=rf"{path.name} is for {said}.*certify` again"):
@@ -128,4 +130,12 @@ def test_another_engine_of_the_same_dtype_may_use_it(path: Path) -> None:
     """Engines agree token by token (invariant 10); what they must not differ in is checked, and the engine is not."""
     found: Certificate = read(path)
     assert found.engine == "transformers"
-    found.require(replace(LAYOUT), "ef" * 32, "document")
+    found.require(replace(LAYOUT), "ef" * 32, "document", "raw")
+
+
+def test_what_was_measured_through_a_lossy_codec_holds_without_it(path: Path) -> None:
+    found = replace(read(path), codec="int4")
+    found.require(LAYOUT, "ef" * 32, "document", "int4")
+    found.require(LAYOUT, "ef" * 32, "document", "raw")
+    with pytest.raises(CertificateError, match="KV stored as int4, this is int8"):
+        found.require(LAYOUT, "ef" * 32, "document", "int8")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
-from store import MemoryStore
+from store import Found, KVKey, KVStore, LostError, Miss, StoreConfig, Want
+from store.memory import MemoryStore
 from tests.blend.served import Served
 from tests.blend.tiny import sentence
 
@@ -34,9 +38,8 @@ def flip(store: Any, key: Any, plane: int, byte: int) -> None:
     assert isinstance(store, MemoryStore)
     held = store._held[key]
     planes = list(held.planes)
-    damaged = bytearray(planes[plane])
-    damaged[byte] ^= 0x10
-    planes[plane] = bytes(damaged)
+    planes[plane] = planes[plane].copy()
+    planes[plane][byte] ^= 0x10
     store._held[key] = replace(held, planes=tuple(planes))
 
 
@@ -51,6 +54,83 @@ def test_a_damaged_chunk_is_recomputed(served: Served, mode: str, lost: int) -> 
     expected = answer_without(served, refs, lost, mode=mode, ratio=0.2)
     assert damaged.distance(expected) == 0.0
     assert damaged.stats.missing == gone.tokens
+
+
+class Trouble:
+    """The engine's store, whose chunk ``key`` is found and then acts before each of its layers is read."""
+
+    def __init__(self, store: KVStore, key: KVKey, act: Callable[[int], None]) -> None:
+        self._store, self._key, self._act = store, key, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def find(self, want: Want) -> Found | Miss:
+        found = self._store.find(want)
+        if want.key != self._key or isinstance(found, Miss):
+            return found
+
+        def read(layer: int, k: Tensor, v: Tensor) -> None:
+            self._act(layer)
+            found.read(layer, k, v)
+
+        return cast(Found, SimpleNamespace(header=found.header, tier="ssd", read=read))
+
+
+LAYERS = range(4)
+
+
+@pytest.mark.parametrize("mode", ["reuse", "blend"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_chunk_lost_at_any_layer_is_recomputed(served: Served, mode: str, layer: int) -> None:
+    """The damage shows when its layer is read, and by then the layers before may have run with it."""
+    refs = served.document(*TEXTS[:4])
+    flip(served.engine.store, refs[2].key, layer, 11)
+    damaged = served.ask(served.prompt(refs), mode, ratio=0.2)
+    gone = damaged.stats.chunks[3]
+    assert (gone.missing, gone.miss_reason) == (gone.tokens, "checksum_failed")
+    assert damaged.distance(answer_without(served, refs, 2, mode=mode, ratio=0.2)) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["reuse", "blend"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_chunk_evicted_at_any_layer_is_recomputed(served: Served, mode: str, layer: int) -> None:
+    refs = served.document(*TEXTS[:4])
+    store: Any = served.engine.store
+
+    def evict(at: int) -> None:
+        if at == layer:
+            raise LostError("evicted", "another process needed the room")
+
+    served.engine.store = Trouble(store, refs[1].key, evict)  # type: ignore[misc,assignment]
+    hit = served.ask(served.prompt(refs), mode, ratio=0.2)
+    served.engine.store = store  # type: ignore[misc]
+    gone = hit.stats.chunks[2]
+    assert (gone.missing, gone.tier, gone.miss_reason) == (gone.tokens, None, "evicted")
+    assert hit.distance(answer_without(served, refs, 1, mode=mode, ratio=0.2)) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["reuse", "blend"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_chunk_that_is_late_at_any_layer_is_recomputed(
+    reference: Callable[..., Served], mode: str, layer: int
+) -> None:
+    """The disk hangs: the answer comes, and so do the next ones."""
+    served = reference(load_timeout_s=0.3)
+    refs = served.document(*TEXTS[:4])
+    store: Any = served.engine.store
+    gate = threading.Event()
+    served.engine.store = Trouble(store, refs[1].key, lambda at: gate.wait(30) and None if at == layer else None)  # type: ignore[misc,assignment]
+    try:
+        late = served.ask(served.prompt(refs), mode, ratio=0.2)
+        again = served.ask(served.prompt(refs[2:]), mode, ratio=0.2)
+    finally:
+        gate.set()
+        served.engine.store = store  # type: ignore[misc]
+    gone = late.stats.chunks[2]
+    assert (gone.missing, gone.tier, gone.miss_reason) == (gone.tokens, None, "load_timeout")
+    assert again.stats.missing == 0
+    assert late.distance(answer_without(served, refs, 1, mode=mode, ratio=0.2)) == 0.0
 
 
 def test_a_damaged_chunk_is_compiled_anew(served: Served) -> None:
@@ -86,7 +166,7 @@ def test_every_entry_damaged_is_a_full_prefill(served: Served) -> None:
 
 def test_a_store_that_evicts_serves_what_is_left(reference: Callable[..., Served]) -> None:
     layout = reference().engine.info.layout
-    served = reference(max_store_bytes=layout.token_bytes * 90)
+    served = reference(store=StoreConfig(max_bytes=layout.token_bytes * 90, policy="lru", admission=False))
     refs = served.document(*TEXTS[:6])
     got = served.ask(served.prompt(refs), "reuse")
     assert 0 < got.stats.missing < got.stats.tokens

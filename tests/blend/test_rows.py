@@ -14,7 +14,8 @@ from blend.method import blend, compile_chunks, walk
 from blend.select import NAMES
 from blend.types import BlendOptions, CompileJob, Prompt, Segment
 from kernels.rotate import rotate
-from store import ChunkKV, KVKey, MemoryStore
+from store import ChunkKV, KVKey
+from store.memory import MemoryStore
 from tests.blend.scene import SPECS
 from tests.blend.tiny import KINDS
 

@@ -80,6 +80,7 @@ def test_gradual_filtering_shrinks_and_keeps_its_mean(scene: Scene, spec: str, b
 
 def test_a_row_left_behind_is_fresh_below_and_as_stored_above(scene: Scene, truth: Any) -> None:
     made, plain = scene.state(12), scene.state(12)
+    plain.loaded.finish()
     ran = rows_by_layer(made)
     picked = open_selector("deviation(filter=gradual)").select(made)
     recompute(made, picked)
@@ -133,6 +134,7 @@ def test_the_oracle_knows_full_prefill(scene: Scene, truth: Any, by: str) -> Non
 @pytest.mark.parametrize("computed", [0, 10])
 def test_the_oracle_puts_the_cache_back_byte_by_byte(scene: Scene, spec: str, computed: int) -> None:
     made = scene.state(12, computed)
+    made.loaded.finish()
     before = planes(made)
     open_selector(spec).select(made)
     there = made.loaded.present.clone()

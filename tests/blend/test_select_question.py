@@ -69,6 +69,7 @@ def test_repairing_in_the_walk_of_the_probe_is_repairing_before_it(scene: Scene)
 
 def test_the_probe_leaves_no_trace(scene: Scene) -> None:
     made = scene.state(10)
+    made.loaded.finish()
     before = planes(made)
     probe(made, no_rows())
     for got, expected in zip(planes(made), before, strict=True):

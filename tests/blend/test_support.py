@@ -22,7 +22,7 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 def _save(folder: Path, config: Any, architecture: str) -> EngineConfig:
     config.architectures = [architecture]
     config.save_pretrained(folder)
-    return EngineConfig(str(folder), None, dtype="float32", device="cpu")
+    return EngineConfig(str(folder), dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -127,24 +127,24 @@ def test_a_broken_folder_is_an_error_with_its_name(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     break_it(tmp_path)
     with pytest.raises(EngineError, match=says) as caught:
-        load_weights(EngineConfig(str(tmp_path), None, device="cpu"))
+        load_weights(EngineConfig(str(tmp_path), device="cpu"))
     assert str(tmp_path) in str(caught.value)
 
 
 def test_an_unknown_model_type_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense", "architectures": ["Nonsense"]}))
     with pytest.raises((EngineError, UnsupportedModelError), match=r"nonsense|Nonsense"):
-        load_weights(EngineConfig(str(tmp_path), None, device="cpu"))
+        load_weights(EngineConfig(str(tmp_path), device="cpu"))
 
 
 def test_a_folder_that_does_not_exist_is_named() -> None:
     with pytest.raises(EngineError, match="no/such/model"):
-        load_weights(EngineConfig("no/such/model", None))
+        load_weights(EngineConfig("no/such/model"))
 
 
 def test_an_unknown_dtype_or_device_shows_the_choices(tiny_model: Callable[[str], Path]) -> None:
     folder = str(tiny_model("llama"))
     with pytest.raises(EngineError, match=r"float8.*float32, bfloat16, float16"):
-        load_weights(EngineConfig(folder, None, dtype="float8"))
+        load_weights(EngineConfig(folder, dtype="float8"))
     with pytest.raises(EngineError, match="'toaster'"):
-        load_weights(EngineConfig(folder, None, device="toaster"))
+        load_weights(EngineConfig(folder, device="toaster"))

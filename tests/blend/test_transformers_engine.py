@@ -38,7 +38,7 @@ def test_unknown_engines_options_and_lengths_are_refused(
     served: Served, reference: Callable[..., Served], tiny_model: Callable[[str], Path]
 ) -> None:
     with pytest.raises(EngineError, match=r"'tpu'.*auto, vllm, transformers"):
-        served.loop.run(open_engine("tpu", EngineConfig("x", None)))
+        served.loop.run(open_engine("tpu", EngineConfig("x")))
     with pytest.raises(EngineError, match=r"'min_tokens'.*min_context_tokens"):
         reference(options={"min_tokens": 3})
     with pytest.raises(EngineError, match=r"4096.*2048"):
@@ -245,11 +245,11 @@ def test_half_precision_reuses_too(reference: Callable[..., Served], dtype: str)
 
 
 def test_a_store_on_disk_serves_the_next_start(reference: Callable[..., Served], tmp_path: Path) -> None:
-    first = reference(store=tmp_path / "kv")
+    first = reference(path=tmp_path / "kv")
     prompt = first.prompt(first.document(*TEXTS))
     before = first.ask(prompt, "reuse")
     first.loop.run(first.engine.stop())
-    second = reference(store=tmp_path / "kv")
+    second = reference(path=tmp_path / "kv")
     after = second.ask(prompt, "reuse")
     assert after.stats.missing == 0
     assert after.distance(before) == 0.0

@@ -42,25 +42,25 @@ async def test_a_model_that_cannot_be_blended_is_refused_before_vllm_starts(
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0, field: value}))
     begin = time.monotonic()
     with pytest.raises(UnsupportedModelError, match=r"config field " + field.replace("rope_scaling", "rope_param")):
-        await open_engine("vllm", EngineConfig(str(tmp_path), None))
+        await open_engine("vllm", EngineConfig(str(tmp_path)))
     assert time.monotonic() - begin < 5
 
 
 async def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=str(tmp_path)):
-        await open_engine("vllm", EngineConfig(str(tmp_path), None))
+        await open_engine("vllm", EngineConfig(str(tmp_path)))
 
 
 @pytest.mark.vllm
 async def test_an_argument_vllm_does_not_know_or_that_is_ours_is_an_error(tiny_model: Callable[[str], Path]) -> None:
     for name in ("no_such_argument", "kv_transfer_config"):
         with pytest.raises(EngineError, match=name):
-            await open_engine("vllm", EngineConfig(str(tiny_model("llama")), None, options={name: 1}))
+            await open_engine("vllm", EngineConfig(str(tiny_model("llama")), options={name: 1}))
 
 
 async def test_an_unknown_engine_shows_the_choices() -> None:
     with pytest.raises(EngineError, match="auto, vllm, transformers"):
-        await open_engine("tensorrt", EngineConfig("x", None))
+        await open_engine("tensorrt", EngineConfig("x"))
 
 
 def test_the_wire_keeps_everything() -> None:
@@ -190,7 +190,7 @@ import asyncio, sys
 from blend.engines import EngineConfig, open_engine
 
 async def main():
-    await open_engine("vllm", EngineConfig(sys.argv[1], None, kv_cache_gib=0.25, options={"enforce_eager": True}))
+    await open_engine("vllm", EngineConfig(sys.argv[1], kv_cache_gib=0.25, options={"enforce_eager": True}))
     print("ready", flush=True)
     await asyncio.sleep(600)
 

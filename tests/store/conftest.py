@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from store import ChunkKV, KVLayout, KVStore, LmdbStore, MemoryStore, Miss, context_hash, make_key, source_of
+from store import (
+    ChunkKV,
+    KVLayout,
+    KVStore,
+    Miss,
+    StoreConfig,
+    Want,
+    context_hash,
+    make_key,
+    open_store,
+    source_of,
+)
 
 SALT = b"s" * 32
 LAYOUT = KVLayout(model="ab12", layers=3, heads=2, head_dim=8, dtype="float32", rope="cd34")
@@ -43,6 +54,16 @@ class Make:
         return ChunkKV(key, self.layout, token_ids, k, v, 7 + number, source, self.tokenizer)
 
 
+def want_of(chunk: ChunkKV) -> Want:
+    """What an engine asks for when it wants this chunk."""
+    return Want(chunk.key, chunk.layout, chunk.token_ids, chunk.source, chunk.tokenizer)
+
+
+@pytest.fixture
+def want() -> Callable[[ChunkKV], Want]:
+    return want_of
+
+
 @pytest.fixture
 def make() -> Make:
     return Make()
@@ -58,7 +79,7 @@ def get() -> Callable[[KVStore, ChunkKV], ChunkKV | Miss]:
     """Ask a store for a chunk as the engine would."""
 
     def ask(store: KVStore, chunk: ChunkKV) -> ChunkKV | Miss:
-        return store.get(chunk.key, chunk.layout, chunk.token_ids, source=chunk.source, tokenizer=chunk.tokenizer)
+        return store.get(want_of(chunk))
 
     return ask
 
@@ -79,8 +100,14 @@ def same() -> Callable[[object, ChunkKV], bool]:
     return equal
 
 
-@pytest.fixture(params=["memory", "lmdb"])
+@pytest.fixture(params=["memory", "ssd", "tiered"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVStore]:
-    made: KVStore = MemoryStore() if request.param == "memory" else LmdbStore(tmp_path / "kv")
+    """Each kind of store, empty."""
+    configs = {
+        "memory": StoreConfig(),
+        "ssd": StoreConfig(path=tmp_path / "kv"),
+        "tiered": StoreConfig(path=tmp_path / "kv", ram_bytes=64 << 20),
+    }
+    made = open_store(configs[request.param])
     yield made
     made.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from store import ChunkKV, KVStore, Miss, source_of
+from store import ChunkKV, KVStore, LostError, Miss, Want, source_of
 
 Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
 Same = Callable[[object, ChunkKV], bool]
@@ -18,7 +18,7 @@ Make = Callable[[int], ChunkKV]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("tokens", [1, 63, 700])
 def test_what_was_put_comes_back_to_the_bit(
     store: KVStore, make_with: Any, get: Get, same: Same, dtype: str, tokens: int
 ) -> None:
@@ -116,7 +116,7 @@ def test_an_entry_that_is_not_what_was_asked_for_is_not_served(
     assert get(store, replace(chunk, tokenizer="0000")) == Miss("tokenizer_changed")
     wrong_ids = (*chunk.token_ids[:-1], 0)
     assert get(store, replace(chunk, token_ids=wrong_ids)) == Miss("checksum_failed")
-    asked = store.get(chunk.key, chunk.layout, (), source=chunk.source, tokenizer=chunk.tokenizer)
+    asked = store.get(Want(chunk.key, chunk.layout, (), chunk.source, chunk.tokenizer))
     assert asked == Miss("checksum_failed")
     assert same(get(store, chunk), chunk)  # an intact entry is not deleted for a wrong question
 
@@ -133,6 +133,7 @@ def test_the_listing_shows_every_entry_in_key_order(store: KVStore, make: Make) 
         assert (entry.layout, entry.source) == (chunk.layout.digest.hex(), chunk.source)
     stats = store.stats()
     assert (stats.tier, stats.entries, stats.bytes) == (store.tier, 20, sum(e.bytes for e in listed))
+    assert stats.raw_bytes == sum(e.raw_bytes for e in listed) and stats.counters["put"] == 20
     for entry in store.entries():  # deleting while listing is allowed
         store.delete(entry.key)
     assert (store.stats().entries, store.stats().bytes) == (0, 0)
@@ -167,3 +168,122 @@ def test_threads_put_get_and_delete_at_once(store: KVStore, make: Make, get: Get
     assert not wrong
     assert store.verify().bad == ()
     assert store.stats().bytes == sum(entry.bytes for entry in store.entries())
+
+
+def test_layers_are_read_one_by_one_in_any_order_into_given_memory(
+    store: KVStore, make_with: Any, want: Callable[[ChunkKV], Want]
+) -> None:
+    for maker in (make_with(tokens=16), make_with(tokens=700)):
+        chunk = maker(1)
+        store.put(chunk)
+        found = store.find(want(chunk))
+        assert not isinstance(found, Miss)
+        assert found.tier in ("ram", "ssd") and found.header.k_position == chunk.k_position
+        found.advise()
+        staging = torch.full((2, chunk.layout.layers, 5 + len(chunk.token_ids), 2, 8), float("nan"))
+        for layer in (2, 0, 1, 0):
+            found.read(layer, staging[0, layer, 5:], staging[1, layer, 5:])
+        assert torch.equal(staging[0, :, 5:], chunk.k) and torch.equal(staging[1, :, 5:], chunk.v)
+        assert staging[:, :, :5].isnan().all()  # nothing but the place it was given was touched
+
+
+def test_tensors_that_cannot_take_a_layer_are_refused(
+    store: KVStore, make: Make, want: Callable[[ChunkKV], Want]
+) -> None:
+    chunk = make(1)
+    store.put(chunk)
+    found = store.find(want(chunk))
+    assert not isinstance(found, Miss)
+    good = torch.empty(16, 2, 8)
+    for bad in (torch.empty(15, 2, 8), torch.empty(16, 2, 8).half(), torch.empty(2, 16, 8).transpose(0, 1)):
+        for k, v in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="contiguous"):
+                found.read(0, k, v)
+    assert store.contains(chunk.key)  # a reader's mistake is no damage
+
+
+def test_what_is_deleted_while_it_is_read_is_lost_or_right(
+    store: KVStore, make_with: Any, want: Callable[[ChunkKV], Want]
+) -> None:
+    chunk = make_with(tokens=700)(1)
+    store.put(chunk)
+    found = store.find(want(chunk))
+    assert not isinstance(found, Miss)
+    k, v = torch.empty(2, *chunk.k.shape[1:])
+    found.read(0, k, v)
+    store.delete(chunk.key)
+    reasons: list[str] = []
+    for layer in (1, 2):
+        try:
+            found.read(layer, k, v)
+        except LostError as lost:
+            reasons.append(lost.reason)
+        else:
+            assert torch.equal(k, chunk.k[layer]) and torch.equal(v, chunk.v[layer])
+    assert reasons in ([], ["evicted"] * 2)
+    assert store.stats().counters.get("corrupt", 0) == 0
+
+
+def test_a_group_is_stored_as_one_by_one(store: KVStore, make_with: Any, get: Get, same: Same) -> None:
+    chunks = [make_with(tokens=16 if n % 2 else 300)(n) for n in range(9)]
+    sizes = store.put_many([*chunks, chunks[3]])
+    assert sizes == [*(c.layout.token_bytes * len(c.token_ids) for c in chunks), 0]
+    assert all(same(get(store, chunk), chunk) for chunk in chunks)
+    assert store.put_many([]) == [] and store.put_many(chunks) == [0] * 9
+
+
+def test_what_is_put_later_is_there_after_a_flush(store: KVStore, make: Make, get: Get, same: Same) -> None:
+    futures = [store.put_later(make(n)) for n in range(20)]
+    store.flush()
+    assert all(future.result(timeout=10) > 0 for future in futures)
+    assert all(same(get(store, make(n)), make(n)) for n in range(20))
+
+
+def test_pins_count_once_and_outlast_an_eviction(store: KVStore, make: Make) -> None:
+    keys = [make(n).key for n in range(3)]
+    store.put(make(0))
+    assert store.pin(keys) == 3 and store.pin(keys) == 0  # those not stored yet, too
+    assert store.stats().pinned == 1
+    entry = store.entry(keys[0])
+    assert entry is not None and entry.pinned
+    store.delete(keys[0], evicted=True)
+    store.put(make(0))
+    store.put(make(1))
+    assert [e.pinned for e in store.entries()] == [True, True]
+    store.delete(keys[1])
+    store.put(make(1))  # deleted for good: the pin went with it
+    listed = store.entry(keys[1])
+    assert listed is not None and not listed.pinned
+    assert store.pin(keys, pinned=False) == 2 and store.stats().pinned == 0
+
+
+def test_entries_tell_their_use(store: KVStore, make: Make, get: Get) -> None:
+    store.put(make(1))
+    before = store.entry(make(1).key)
+    for _ in range(3):
+        get(store, make(1))
+    store.flush()
+    after = store.entry(make(1).key)
+    assert before is not None and after is not None and store.entry(make(2).key) is None
+    assert after.frequency > before.frequency + 2 and after.used >= before.used >= before.created > 1e9
+
+
+def test_prefetch_and_warm_count_what_is_there(store: KVStore, make_with: Any) -> None:
+    chunks = [make_with(tokens=300)(n) for n in range(4)]
+    store.put_many(chunks[:3])
+    assert store.prefetch([chunk.key for chunk in chunks]) == 3
+    assert store.warm([chunk.key for chunk in chunks]) == 3
+    assert store.cool([chunk.key for chunk in chunks]) in (0, 3)
+    assert store.stats().entries == 3
+
+
+def test_a_collection_keeps_everything(store: KVStore, make_with: Any, get: Get, same: Same) -> None:
+    chunks = [make_with(tokens=300)(n) for n in range(12)]
+    store.put_many(chunks)
+    for chunk in chunks[::2]:
+        store.delete(chunk.key)
+    for full in (False, True):
+        report = store.gc(full=full)
+        assert report.evicted == report.expired == 0
+    assert all(same(get(store, chunk), chunk) for chunk in chunks[1::2])
+    assert store.stats().entries == 6 and store.verify().bad == ()

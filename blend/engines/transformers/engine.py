@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -24,11 +24,14 @@ from blend.engines.transformers.model import RowModel, Weights, load_weights
 from blend.engines.transformers.turns import Turns
 from blend.errors import EngineError, PromptTooLongError
 from blend.fingerprint import tokenizer_fingerprint
+from blend.load import Loader
 from blend.method import blend, compile_into, walk
 from blend.select import open_selector
 from blend.types import BlendStats, CompileJob, CompileResult, Delta, Request
+from blend.writing import Writing
 from store import open_store
-from store.base import KVStore
+from store.base import KVStore, StoreStats
+from store.types import KVKey
 
 _T = TypeVar("_T")
 _OPTIONS = ("min_context_tokens",)
@@ -69,7 +72,7 @@ def _open(config: EngineConfig) -> TransformersEngine:
         vocab_size=weights.vocab_size,
         max_logprobs=weights.vocab_size,
     )
-    store = open_store(config.store, max_bytes=config.max_store_bytes)
+    store = open_store(config.store)
     return TransformersEngine(config, weights, tokenizer, store, info)
 
 
@@ -85,6 +88,7 @@ class TransformersEngine:
         self._eos = _eos_ids(weights.net, tokenizer)
         self._min_context = int((config.options or {}).get("min_context_tokens", MIN_CONTEXT_TOKENS))
         self._seeds = torch.Generator().manual_seed(config.seed)
+        self._loader = Loader.start(threads=config.load_threads, timeout_s=config.load_timeout_s)
         self._worker = ThreadPoolExecutor(1, "ragblend-model")
         self._turns = Turns(1)  # on the worker
         self._open = Turns(_slots(config, info))
@@ -105,7 +109,19 @@ class TransformersEngine:
 
     async def compile(self, job: CompileJob) -> CompileResult:
         self._fits(job.tokens, 0)
-        return await self._do(lambda weights: self._compile(weights, job))
+        begin = time.perf_counter()
+        writing = await self._do(lambda weights: self._compile(weights, job))
+        written = await asyncio.to_thread(writing.result)  # the next pass may run meanwhile
+        return CompileResult(len(job.chunks), job.tokens, written.bytes, time.perf_counter() - begin, written.refused)
+
+    async def warm(self, keys: Sequence[KVKey]) -> int:
+        return await asyncio.to_thread(self.store.warm, keys)
+
+    async def cool(self, keys: Sequence[KVKey]) -> int:
+        return await asyncio.to_thread(self.store.cool, keys)
+
+    async def store_stats(self) -> StoreStats:
+        return await asyncio.to_thread(self.store.stats)
 
     async def check(self) -> None:
         if self._stopped:
@@ -123,6 +139,7 @@ class TransformersEngine:
         self._stopped = True
         await asyncio.to_thread(self._worker.shutdown)
         self._weights = None
+        self._loader.close()
         self.store.close()
 
     # -- on the worker thread -------------------------------------------------------------------------------------
@@ -142,13 +159,14 @@ class TransformersEngine:
             walk(model, torch.tensor(prompt.token_ids), torch.arange(last))
             stats = full_stats(prompt, why=why)
         else:
-            stats = blend(model, prompt, request.blend, self.store, tokenizer=self.info.tokenizer, stop=last)
+            stats = blend(
+                model, prompt, request.blend, self.store,
+                tokenizer=self.info.tokenizer, stop=last, loader=self._loader,
+            )  # fmt: skip
         return _Run(model, answer, last, prompt.token_ids[-1], stats)
 
-    def _compile(self, weights: Weights, job: CompileJob) -> CompileResult:
-        begin = time.perf_counter()
-        written = compile_into(RowModel(weights, job.tokens), job, self.store, tokenizer=self.info.tokenizer)
-        return CompileResult(len(job.chunks), job.tokens, written, time.perf_counter() - begin)
+    def _compile(self, weights: Weights, job: CompileJob) -> Writing:
+        return compile_into(RowModel(weights, job.tokens), job, self.store, tokenizer=self.info.tokenizer)
 
     # -- helpers --------------------------------------------------------------------------------------------------
 

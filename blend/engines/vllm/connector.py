@@ -19,17 +19,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from blend.engines.vllm.compat import die_with_parent
-from blend.engines.vllm.wire import pack_stats, unpack_blend, unpack_compile
+from blend.engines.vllm.wire import PENDING, pack_stats, unpack_blend, unpack_compile
 from blend.errors import NonFiniteError
 from blend.method import blend, compile_into
+from blend.writing import Writing
 from store.errors import StoreError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from blend.engines.vllm.paged import Worker
+    from blend.load import Loader
     from store.base import KVStore
 
+Result = dict[str, Any] | Writing
 _KEPT_RESULTS = 4096
 
 
@@ -59,8 +62,9 @@ class BlendConnector(KVConnectorBase_V1):
         self._pending: list[Load] = []
         self.worker: Worker | None = None
         self.store: KVStore | None = None
+        self.loader: Loader | None = None
         self.tokenizer = ""
-        self.results: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.results: OrderedDict[str, Result] = OrderedDict()
 
     # -- scheduler side -------------------------------------------------------------------------------------------
 
@@ -90,16 +94,16 @@ class BlendConnector(KVConnectorBase_V1):
 
     # -- worker side ----------------------------------------------------------------------------------------------
 
-    def attach(self, worker: Worker, store: KVStore, tokenizer: str) -> None:
+    def attach(self, worker: Worker, store: KVStore, loader: Loader, tokenizer: str) -> None:
         """Hand over the model and the store; called once through the worker extension after start-up."""
-        self.worker, self.store, self.tokenizer = worker, store, tokenizer
+        self.worker, self.store, self.loader, self.tokenizer = worker, store, loader, tokenizer
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
         for load in metadata.loads:
             if load.wire["op"] == "compile":
-                result = self._compile(load)
+                result: Result = self._compile(load)
             else:
                 result = self._blend(load)
             self.results[load.wire["id"]] = result
@@ -115,20 +119,34 @@ class BlendConnector(KVConnectorBase_V1):
             options,
             self.store,
             tokenizer=self.tokenizer,
+            loader=self.loader,
             computed=load.computed,
             stop=len(load.token_ids) - 1,
         )
         return pack_stats(stats)
 
-    def _compile(self, load: Load) -> dict[str, Any]:
-        """Compile and write; a store that is full or failing is the job's result, not the engine's end."""
+    def _compile(self, load: Load) -> Result:
+        """Compile, and write behind; a store that is full or failing is the job's result, not the engine's end."""
         assert self.worker is not None and self.store is not None
         job = unpack_compile(load.wire, tuple(load.token_ids))
         model = self.worker.request(load.block_ids)
         try:
-            return {"bytes": compile_into(model, job, self.store, tokenizer=self.tokenizer)}
+            return compile_into(model, job, self.store, tokenizer=self.tokenizer)
         except (StoreError, NonFiniteError) as e:
-            return {"error": str(e), "kind": type(e).__name__}
+            return _failure(e)
+
+    def take_result(self, id: str) -> dict[str, Any] | None:
+        """See ``BlendExtension.ragblend_result``."""
+        result = self.results.pop(id, None)
+        if not isinstance(result, Writing):
+            return result
+        if not result.done():
+            self.results[id] = result
+            return PENDING
+        try:
+            return dict(vars(result.result()))
+        except StoreError as e:
+            return _failure(e)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: ``start_load_kv`` returns when the rows are in the cache."""
@@ -140,9 +158,16 @@ class BlendConnector(KVConnectorBase_V1):
         """See ``save_kv_layer``."""
 
     def shutdown(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+            self.loader = None
         if self.store is not None:
             self.store.close()
             self.store = None
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"error": str(error), "kind": type(error).__name__}
 
 
 def _filled_by_us(wire: dict[str, Any], request: Request) -> int:

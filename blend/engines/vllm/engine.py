@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from blend.decide import decide, full_stats
 from blend.engines.base import EngineConfig, EngineInfo
 from blend.engines.vllm.compat import prepare_environment
 from blend.engines.vllm.start import start
-from blend.engines.vllm.wire import pack_blend, pack_compile, unpack_stats
+from blend.engines.vllm.wire import PENDING, pack_blend, pack_compile, unpack_stats, unpack_store_stats
 from blend.errors import BlendError, EngineError, NonFiniteError, PromptTooLongError, UnsupportedModelError
 from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
 from blend.rope import rope_from_config
@@ -27,12 +27,13 @@ from blend.select import open_selector
 from blend.support import check_supported, head_dim, kv_heads
 from blend.types import BlendStats, CompileJob, CompileResult, Delta, Mode, Prompt, Request, Sampling, TokenLogprob
 from store import open_store
-from store.base import KVStore
+from store.base import KVStore, StoreStats
 from store.errors import StoreFullError, StoreIOError
 from store.types import KVKey, KVLayout
 
 _HUNG_AFTER_S = 60.0
 _COMPILE_ERRORS = {e.__name__: e for e in (StoreFullError, StoreIOError, NonFiniteError)}
+_WRITTEN_POLL_S = 0.01
 _COMPILE_PRIORITY = 10  # higher is later: people's requests go first
 
 
@@ -71,16 +72,14 @@ class VllmEngine:
                 rope=rope.signature,
             )
             tokenizer = tokenizer_fingerprint(folder)
-            if config.store is not None:
-                config.store.mkdir(parents=True, exist_ok=True)
             error = await _call(
                 llm,
                 "ragblend_attach",
                 {**hf, "ragblend_tokenizer": tokenizer},
                 head_dim(hf),
                 dict(vars(layout)),
-                str(config.store) if config.store else None,
-                config.max_store_bytes,
+                config.store.to_wire(),
+                {"threads": config.load_threads, "timeout_s": config.load_timeout_s},
             )
             if error:
                 kind = UnsupportedModelError if error.startswith("UnsupportedModelError") else EngineError
@@ -97,7 +96,7 @@ class VllmEngine:
                 vocab_size=int(hf["vocab_size"]),
                 max_logprobs=int(hf["vocab_size"]) if most < 0 else most,
             )
-            store = open_store(config.store, readonly=True) if config.store else None
+            store = open_store(replace(config.store, ram_bytes=0)) if config.store.path else None
         except BaseException:
             llm.shutdown()
             raise
@@ -166,11 +165,24 @@ class VllmEngine:
         async for _ in _translated(stream):
             self._progress = time.monotonic()
         result = await self._rpc("ragblend_result", wire_id)
+        while result == PENDING:  # computed, and being written behind the engine's back
+            await asyncio.sleep(_WRITTEN_POLL_S)
+            result = await self._rpc("ragblend_result", wire_id)
         if result is None:
             raise EngineError(f"compile job {job.id} did not run")
         if "error" in result:
             raise _COMPILE_ERRORS.get(result["kind"], StoreIOError)(result["error"])
-        return CompileResult(len(job.chunks), job.tokens, result["bytes"], time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return CompileResult(len(job.chunks), job.tokens, result["bytes"], seconds, result["refused"])
+
+    async def warm(self, keys: Sequence[KVKey]) -> int:
+        return int(await self._rpc("ragblend_move", [k.hex for k in keys], True))
+
+    async def cool(self, keys: Sequence[KVKey]) -> int:
+        return int(await self._rpc("ragblend_move", [k.hex for k in keys], False))
+
+    async def store_stats(self) -> StoreStats:
+        return unpack_store_stats(await self._rpc("ragblend_store_stats"))
 
     async def check(self) -> None:
         if self._stopped:

@@ -5,10 +5,14 @@ It goes as ``SamplingParams.extra_args["kv_transfer_params"]``; only this engine
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from blend.types import BlendOptions, BlendStats, ChunkStats, CompileJob, Prompt, Segment
+from store.base import StoreStats, TierStats
 from store.types import KVKey
+
+PENDING: Final[dict[str, Any]] = {"pending": True}
+"""A compile job's result while what it computed is still being written."""
 
 
 def pack_blend(id: str, prompt: Prompt, options: BlendOptions) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def pack_compile(job: CompileJob) -> dict[str, Any]:
         "sizes": [len(c) for c in job.chunks],
         "keys": [k.hex for k in job.keys],
         "sources": [s.hex() for s in job.sources],
+        "owner": job.owner,
     }
 
 
@@ -55,6 +60,7 @@ def unpack_compile(wire: dict[str, Any], token_ids: tuple[int, ...]) -> CompileJ
         chunks=tuple(chunks),
         keys=tuple(KVKey.from_hex(k) for k in wire["keys"]),
         sources=tuple(bytes.fromhex(s) for s in wire["sources"]),
+        owner=wire["owner"],
     )
 
 
@@ -62,6 +68,14 @@ def pack_stats(stats: BlendStats) -> dict[str, Any]:
     fields = dict(vars(stats))
     fields["chunks"] = [dict(vars(c)) for c in stats.chunks]
     return fields
+
+
+def pack_store_stats(stats: StoreStats) -> dict[str, Any]:
+    return {**vars(stats), "counters": dict(stats.counters), "tiers": [dict(vars(t)) for t in stats.tiers]}
+
+
+def unpack_store_stats(wire: dict[str, Any]) -> StoreStats:
+    return StoreStats(**{**wire, "tiers": tuple(TierStats(**t) for t in wire["tiers"])})
 
 
 def unpack_stats(wire: dict[str, Any]) -> BlendStats:

@@ -13,21 +13,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import lmdb
 
 from store.errors import StoreError, StoreFormatError, StoreFullError, StoreIOError
-from store.folder import MAX_READERS, free_bytes, prepare
-from store.gate import Gate
+from store.ssd.folder import MAX_READERS, free_bytes, prepare
+from store.ssd.gate import Gate
 from store.types import FORMAT_VERSION
 
 log = logging.getLogger(__name__)
 
 PROGRAM = b"ragblend kv store"
-MIN_BYTES = 4 << 20
 _MIN_MAP = 1 << 20
 _MAX_HEADROOM = 1 << 20
 _MAX_RESERVE = 256 << 20
@@ -42,16 +40,16 @@ class DamagedError(StoreIOError):
 
 
 class Tables(NamedTuple):
-    """The named databases. Keys -> values, all bytes:
+    """The named databases. Keys -> values, all bytes; what is in them: ``store.ssd.index``."""
 
-    ``headers`` digest -> header; ``planes`` digest + layer (uint16, big-endian: sorts) -> plane;
-    ``sources`` source + layout digest -> tokenizer; ``tombstones`` digest -> empty; ``meta`` name -> value.
-    """
-
-    headers: lmdb._Database
-    planes: lmdb._Database
-    sources: lmdb._Database
+    entries: lmdb._Database
+    payloads: lmdb._Database
+    usage: lmdb._Database
+    pins: lmdb._Database
     tombstones: lmdb._Database
+    sources: lmdb._Database
+    segments: lmdb._Database
+    graves: lmdb._Database
     meta: lmdb._Database
 
 
@@ -66,14 +64,12 @@ class Database:
     """
 
     def __init__(self, path: Path, *, max_bytes: int | None, map_size: int, readonly: bool) -> None:
-        if max_bytes is not None and max_bytes < MIN_BYTES:
-            raise ValueError(f"max_bytes must be at least {MIN_BYTES}, not {max_bytes}")
         self.path = path
         self.readonly = readonly
         self.max_bytes = max_bytes
         self._gate = Gate()
         self._open = True
-        with self._translated():
+        with self.translated():
             prepare(path, readonly=readonly)
             self._env = lmdb.open(
                 str(path),
@@ -87,7 +83,7 @@ class Database:
                 lib_version=0,
             )
         try:
-            with self._translated():
+            with self.translated():
                 self._env.reader_check()  # free the slots of processes that were killed
                 self.tables = self._attach()
         except StoreError:
@@ -96,7 +92,7 @@ class Database:
 
     def read(self, work: Callable[[Txn], T]) -> T:
         """Run ``work`` in a read transaction. Its buffers end with it: copy out what is returned."""
-        with self._translated():
+        with self.translated():
             while True:
                 with self._gate.shared():
                     self._must_be_open()
@@ -116,7 +112,7 @@ class Database:
         """
         if self.readonly:
             raise StoreError(f"{self.path} is open read-only")
-        with self._translated(need):
+        with self.translated(need):
             self._keep_reserve(need)
             while True:
                 with self._gate.shared():
@@ -138,6 +134,20 @@ class Database:
                         f"kept in reserve {self._reserve()})"
                     )
 
+    def file_bytes(self) -> int:
+        """Bytes of the data file."""
+        return self._file_bytes()
+
+    def idle_bytes(self, txn: Txn) -> int:
+        """Bytes of the data file that are free to be used again, about."""
+        stats = [txn.stat(), *(txn.stat(table) for table in self.tables)]
+        used = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+        return max(0, self._used_bytes() - (used + 2) * int(stats[0]["psize"]))
+
+    def spare_bytes(self) -> int:
+        """Bytes that may still be written on the device: what is free but for a reserve."""
+        return free_bytes(self.path) - self._reserve()
+
     def close(self) -> None:
         with self._gate.alone():
             self._open = False
@@ -151,7 +161,7 @@ class Database:
                 self._restore_length()
                 if not self.readonly:
                     return self.write(self._create, need=0)
-                return self.read(partial(self._recognise, self._existing()))
+                return self._existing()
             except lmdb.MapResizedError:  # another process grew it since it was opened, a moment ago
                 self._env.set_mapsize(0)
 
@@ -174,7 +184,7 @@ class Database:
 
     def _create(self, txn: Txn) -> Tables:
         if txn.stat()["entries"]:
-            return self._recognise(self._existing(txn), txn)
+            return self._existing(txn)
         tables = Tables(*(self._env.open_db(name.encode(), txn=txn) for name in Tables._fields))
         txn.put(b"program", PROGRAM, db=tables.meta)
         txn.put(b"format", FORMAT_VERSION.to_bytes(4, "little"), db=tables.meta)
@@ -183,18 +193,23 @@ class Database:
     def _existing(self, txn: Txn | None = None) -> Tables:
         # Without a transaction py-lmdb takes one that keeps the handles; our read transactions would not.
         try:
+            meta = self._env.open_db(b"meta", txn=txn, create=False)
+            if txn is None:
+                with self._env.begin(buffers=True) as reading:
+                    self._recognise(meta, reading)
+            else:
+                self._recognise(meta, txn)
             return Tables(*(self._env.open_db(n.encode(), txn=txn, create=False) for n in Tables._fields))
         except (lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError) as error:
             raise StoreFormatError(f"{self.path} is an LMDB database of another program") from error
 
-    def _recognise(self, tables: Tables, txn: Txn) -> Tables:
-        program, version = txn.get(b"program", b"", db=tables.meta), txn.get(b"format", b"", db=tables.meta)
+    def _recognise(self, meta: lmdb._Database, txn: Txn) -> None:
+        program, version = txn.get(b"program", b"", db=meta), txn.get(b"format", b"", db=meta)
         if program != PROGRAM or version != FORMAT_VERSION.to_bytes(4, "little"):
             raise StoreFormatError(
                 f"{self.path} holds {bytes(program)!r} format {int.from_bytes(version, 'little')}, "
                 f"this is {PROGRAM!r} format {FORMAT_VERSION}"
             )
-        return tables
 
     def _must_be_open(self) -> None:
         if not self._open:
@@ -257,9 +272,13 @@ class Database:
         disk = os.statvfs(self.path)
         return min(_MAX_RESERVE, disk.f_blocks * disk.f_frsize // 32)
 
+    @property
+    def closed(self) -> bool:
+        return not self._open
+
     @contextmanager
-    def _translated(self, need: int = 0) -> Iterator[None]:
-        """The one place where LMDB's errors become the store's."""
+    def translated(self, need: int = 0) -> Iterator[None]:
+        """The one place where LMDB's errors, and those of files, become the store's."""
         try:
             yield
         except (lmdb.InvalidError, lmdb.VersionMismatchError) as error:

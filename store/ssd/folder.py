@@ -7,6 +7,8 @@ from pathlib import Path
 
 from store.errors import StoreFormatError, StoreFullError
 
+DATA = "data.mdb"
+ASIDE = "data.mdb."  # what a damaged index is renamed to begins so
 MAX_READERS = 512
 _LOCK_BYTES = 64 * (MAX_READERS + 64)  # a cache line per reader, and LMDB's header
 
@@ -14,7 +16,8 @@ _LOCK_BYTES = 64 * (MAX_READERS + 64)  # a cache line per reader, and LMDB's hea
 def prepare(path: Path, *, readonly: bool) -> None:
     """Make the folder, or see that it may hold a store.
 
-    Raises ``StoreFormatError`` if it holds anything but an LMDB environment, ``StoreFullError``, ``OSError``.
+    Segments without an index may be there: the index is rebuilt from them. Raises ``StoreFormatError`` if it holds
+    anything else, ``StoreFullError``, ``OSError``.
     """
     try:
         if not readonly:
@@ -22,10 +25,14 @@ def prepare(path: Path, *, readonly: bool) -> None:
         names = set(os.listdir(path))
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise StoreFormatError(f"{path} is not a folder") from error
-    if "data.mdb" not in names and (readonly or names - {"lock.mdb"}):
+    if DATA not in names and (readonly or not all(map(_ours, names))):
         raise StoreFormatError(f"{path} holds no KV store: {sorted(names)[:5]}")
     if not readonly:
         _back_lock_file(path)
+
+
+def _ours(name: str) -> bool:
+    return name in ("lock.mdb", "segments") or name.startswith(ASIDE)
 
 
 def free_bytes(path: Path) -> int:

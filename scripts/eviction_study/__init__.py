@@ -1,0 +1,1 @@
+"""Traces, a simulated tier and offline bounds for `simulate_eviction.py`."""
