@@ -186,9 +186,9 @@ def summary(found: Mapping[str, Any]) -> list[str]:
         f"{limit}; there is room for {found['room_gib']:.3g}: "
         + ("it fits" if found["fits"] else "it does NOT fit, the least valuable chunks will go")
     )
-    if found["minutes"] is not None:
+    if todo and found["minutes"] is not None:
         lines.append(f"about {found['minutes']:.3g} minutes at {found['tokens_per_s']:.0f} tokens/s, as measured here")
-    else:
+    elif todo:
         lines.append("how long it takes is not known: this model was not compiled with here yet (try --measure)")
     if found["assumed_neighbours"]:
         lines.append(f"{found['assumed_neighbours']} chunks have no neighbours yet; some were assumed for their time")

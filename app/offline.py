@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from app.bench import workbench
-from app.control import Control, prefix_source
+from app.choose import prefix_source
+from app.control import Control
 from app.errors import StartError
 from app.pins import Pins
 from app.rag import References

@@ -266,7 +266,6 @@ class Precomputer:
         jobs = self._references.keys.jobs(refs, wanted)
         return jobs, sum(meant) - sum(len(j.chunks) for j in jobs)
 
-
     def _pin(self, document: DocumentInfo, refs: Sequence[ChunkRef]) -> None:
         """An update gives a pinned document new keys. They are pinned before they are stored."""
         try:

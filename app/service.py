@@ -157,8 +157,8 @@ class Service:
         jobs, self.jobs = self.jobs, None
         if jobs is not None:
             await jobs.close()
-        await self.upkeep.close()
         await self.engine.stop()
+        await self.upkeep.close()
         await asyncio.to_thread(self.retriever.close)
 
     def _keep_prefix(self) -> None:

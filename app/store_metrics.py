@@ -15,8 +15,11 @@ _COUNTERS = {
     "corrupt": ("ragblend_store_checksum_failures", "Entries whose bytes were not what was written; none was served."),
     "put": ("ragblend_store_puts", "Chunks stored."),
     "deleted": ("ragblend_store_deletes", "Chunks deleted, evicted ones not among them."),
+    "promoted": ("ragblend_store_promotions", "Chunks brought from disk into memory."),
+    "ram:evicted": ("ragblend_store_ram_evictions", "Chunks that left memory for others; they stay on disk."),
+    "ram:refused": ("ragblend_store_ram_refused", "Chunks not kept in memory: worth less than what is there."),
 }
-_REASONS = ("capacity", "share", "expired")
+_REASONS = ("capacity", "share", "expired", "asked")
 _EVICTED = "evicted:"
 
 

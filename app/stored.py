@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.control import PREFIX, Changed, Row
+from app.choose import PREFIX, Row
+from app.control import Changed
 from app.store_metrics import tiers_of
 from store.base import StoreStats
 

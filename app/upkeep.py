@@ -1,4 +1,4 @@
-"""Verification and collection of the store: one at a time, each to its end even when nobody waits for it any more."""
+"""Verification and collection of the store: one at a time, going on when nobody waits any more."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class Upkeep:
         return await self._start("gc", lambda: self._gc(full), patience_s)
 
     async def close(self) -> None:
-        """Wait for what runs: the store must not be closed under it."""
+        """After the store was closed, which ends what still ran on it: nothing done so far is lost."""
         if self._task is not None:
-            log.info("waiting for the store's %s to end", (self._running or {}).get("kind"))
             await asyncio.wait([self._task])
 
     async def _start(self, kind: str, work: Callable[[], dict[str, Any]], patience_s: float) -> dict[str, Any] | None:

@@ -198,7 +198,7 @@ def _account(state: Blend, rows: Tensor, options: BlendOptions, selector: str, f
         reused=n - lost - again,
         recomputed=again,
         missing=lost,
-        load_s=found_s + counts.elapsed_s,
+        load_s=found_s + counts.busy_s,
         wait_s=found_s + counts.waited_s,
         blend_s=total_s - found_s - counts.waited_s,
         loaded_bytes=counts.delivered,

@@ -101,9 +101,9 @@ class BlendStats:
     ``computed_share``: context rows x layers run through the model, over all there are, the cost against full prefill.
     Check layers, rows left half way and second rounds count; above 1 if rows ran twice.
 
-    Seconds: ``wait_s`` the blend stood still for stored KV (finding it, waiting for layers and reading them itself),
-    ``blend_s`` all the rest of it. ``load_s`` from its start until the last layer was read, which goes on while the
-    first ones are computed. ``loaded_bytes`` of K and V were read, in the layout's dtype.
+    Seconds: ``load_s`` stored KV was looked up and read, for the most part while something was computed; ``wait_s`` of
+    them the blend stood still for it; ``blend_s`` is the rest of the blend, without ``wait_s``. ``loaded_bytes`` of K
+    and V were read, in the layout's dtype.
     """
 
     mode: str

@@ -18,6 +18,7 @@ OTHERS = {
     "docker/hadolint.yaml": "Rules of the Dockerfile linter.",
     "scripts/lock.sh": "Resolve requirements/*.txt anew (needs uv).",
     "scripts/setup.sh": "Make .venv ready: torch first, then the hash-pinned lock, then this project.",
+    "scripts/traces/musique_dev.json": "What our retriever finds for 100 questions, for simulate_eviction.py.",
     "blend/README.md": "The maths, and the papers' names mapped to ours.",
     "tests/app/questions.jsonl": "Three questions in CacheBlend's form.",
 }

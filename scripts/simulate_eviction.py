@@ -1,6 +1,6 @@
 """Replay request traces through the store's own eviction: how many seconds each policy saves.
 
-    python scripts/simulate_eviction.py [--json] [--seed 7] [--capacities 0.05 0.1 0.2 0.4] [--traces NAME ...]
+    python scripts/simulate_eviction.py [--json] [--seed 7] [--capacities 0.05 0.1 0.3] [--traces NAME ...]
 
 Policies, best last: ``lru``; ``clock``, GDSF as published; ``fixed``, our gdsf untuned; ``ours``, with ``Tuner`` and
 admission, what the tiers run. ``belady`` knows the future (size-aware, a heuristic where sizes differ), ``bound`` is
@@ -80,7 +80,7 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--capacities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4], metavar="PART")
+    parser.add_argument("--capacities", type=float, nargs="+", default=[0.05, 0.1, 0.3], metavar="PART")
     parser.add_argument(
         "--traces", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES)
     )
@@ -93,13 +93,14 @@ def main() -> int:
     if not all(0.0 < capacity <= 1.0 for capacity in options.capacities):
         parser.error(f"a capacity must be within 0..1, not {options.capacities}")
     cost = CostModel(compute=options.compute, bandwidth=options.bandwidth)
-    with ProcessPoolExecutor(options.jobs) as pool:
-        futures = [
-            pool.submit(simulate, name, capacity, options.seed, cost, options.low)
-            for name in options.traces
-            for capacity in options.capacities
-        ]
-        rows = [future.result() for future in futures]
+    runs = [
+        (name, capacity, options.seed, cost, options.low) for name in options.traces for capacity in options.capacities
+    ]
+    if options.jobs == 1:
+        rows = [simulate(*run) for run in runs]
+    else:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(simulate, *zip(*runs, strict=True)))
     worse = [f"{row.trace} at {row.capacity:.0%} ({row.gain:+.2%})" for row in rows if row.gain < 0]
     if options.json:
         print(json.dumps({"seed": options.seed, "cost": asdict(cost), "rows": [asdict(row) for row in rows]}, indent=1))

@@ -82,6 +82,7 @@ def prefills(args: argparse.Namespace) -> Iterator[Prefilled]:
 def anchors(args: argparse.Namespace) -> None:
     """Variance left, as a share of the mean square: by name, the mean over planes."""
     sums: dict[str, list[float]] = {}
+    bits: dict[str, list[list[float]]] = {}
     for one in prefills(args):
         for name, _, x in one.planes():
             rows = x.flatten(1).double()
@@ -93,9 +94,24 @@ def anchors(args: argparse.Namespace) -> None:
             }  # fmt: skip
             for how, left in power.items():
                 sums.setdefault(f"{name}, {how}", []).append(float(left.square().mean()))
+            codes = quantize_centred(x.flatten(1), x.shape[1], 0.25)[0].long()
+            plain, moved = entropy_by_channel(codes), entropy_by_channel(codes.diff(dim=0, prepend=codes[:1]) % 256)
+            kinds = (plain, moved, torch.minimum(plain, moved))
+            bits.setdefault(name, []).append([float(kind.mean()) for kind in kinds])
     for how, values in sums.items():
         whole = sums[f"{how[0]}, as it is"]
         print(json.dumps({"left of": how, "share": round(sum(values) / sum(whole), 3), "planes": len(values)}))
+    for name, each in bits.items():
+        codes, differences, better = torch.tensor(each).mean(0).tolist()
+        print(json.dumps({"codes of": name, "bits": round(codes, 2), "differences": round(differences, 2),
+                          "better": round(better, 2)}))  # fmt: skip
+
+
+def entropy_by_channel(codes: Tensor) -> Tensor:
+    """Bits of a value of each channel [C] of ``codes`` [T, C] int64 0..255, coded each by its own frequencies."""
+    counts = torch.zeros(256, codes.shape[1]).scatter_add_(0, codes, torch.ones(codes.shape))
+    share = counts / len(codes)
+    return -(share * share.clamp_min(1e-30).log2()).sum(0)
 
 
 Quantiser = Callable[[Tensor], tuple[Tensor, float]]

@@ -22,7 +22,9 @@ class StoreConfig:
     disk; ``same`` keeps the disk's bytes. ``ttl_s``: entries unused for so long expire. ``shares``: part of the
     limit that an owner may hold when others want room (0..1; default: all). ``admission``: when full, refuse
     what is worth less than what would have to go. ``behind_bytes``: the most that waits to be written.
-    ``segment_bytes``: size of a segment file (default: by ``max_bytes``). Raises ``ValueError`` with what is wrong.
+    ``segment_bytes``: size of a segment file (default: by ``max_bytes``). ``saved_s_per_token``: seconds of
+    prefill that a use saves per token, which ``auto`` weighs (default: of a model of some billion parameters on a GPU).
+    Raises ``ValueError`` with what is wrong.
     """
 
     path: Path | None = None
@@ -36,6 +38,7 @@ class StoreConfig:
     shares: Mapping[str, float] = field(default_factory=dict)
     behind_bytes: int = 256 << 20
     segment_bytes: int | None = None
+    saved_s_per_token: float = 1e-4
     readonly: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class StoreConfig:
             raise ValueError("codec 'same' is for ram_codec; choose a codec or auto")
         if self.ttl_s is not None and self.ttl_s <= 0:
             raise ValueError(f"ttl_s must be positive, not {self.ttl_s}")
+        if self.saved_s_per_token < 0:
+            raise ValueError(f"saved_s_per_token must not be negative, not {self.saved_s_per_token}")
         for owner, share in self.shares.items():
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"the share of {owner!r} must be within 0..1, not {share}")

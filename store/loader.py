@@ -69,15 +69,15 @@ class LoadCounts:
     """``delivered`` bytes of K and V arrived; ``copied`` of them by way of other memory (a decoded plane, a copy in
     RAM; a raw plane comes from a file without one).
 
-    ``read_s``: seconds of reading, summed over threads. ``waited_s``: the consumer's seconds in ``wait``, its own reads
-    too. ``elapsed_s``: from the start until the last plane that arrived.
+    ``busy_s``: seconds in which something was being read, ``read_s``: the same, summed over threads. ``waited_s``: the
+    consumer's seconds in ``wait``, its own reads among them.
     """
 
     delivered: int
     copied: int
+    busy_s: float
     read_s: float
     waited_s: float
-    elapsed_s: float
 
 
 class Loading:
@@ -104,11 +104,11 @@ class Loading:
         self._untold: dict[int, MissReason] = {}  # those the consumer has not heard of
         self._cancelled = self._broken = False
         self._delivered = self._copied = 0
-        self._read_s = self._waited_s = self._elapsed_s = 0.0
+        self._busy_s = self._read_s = self._waited_s = 0.0
+        self._since = 0.0  # when the first of the reads under way began
         # Memory does not hang: what lies there the consumer may read even if it has promised not to wait for long.
         alone = self._reading.threads == 0 or self._reading.timeout_s is None
         self._own = [alone or place.found.tier == "ram" for place in self.places]
-        self._begin = time.perf_counter()
         self._futures = self._start()
 
     def wait(self, layer: int) -> None:
@@ -139,7 +139,8 @@ class Loading:
     @property
     def counts(self) -> LoadCounts:
         with self._changed:
-            return LoadCounts(self._delivered, self._copied, self._read_s, self._waited_s, self._elapsed_s)
+            now = time.perf_counter() - self._since if any(self._busy) else 0.0
+            return LoadCounts(self._delivered, self._copied, self._busy_s + now, self._read_s, self._waited_s)
 
     def __enter__(self) -> Loading:
         return self
@@ -232,6 +233,8 @@ class Loading:
             return None
         plane = self._queue[at]
         del self._queue[at]
+        if not any(self._busy):
+            self._since = time.perf_counter()
         self._busy[plane[1]] += 1
         return plane
 
@@ -256,22 +259,23 @@ class Loading:
             with self._changed:
                 self._busy[index] -= 1
                 self._read_s += now - begin
+                if not any(self._busy):
+                    self._busy_s += now - self._since
                 self._broken |= not ended
                 if lost is not None:
                     self._lose(index, lost)
                 elif ended and index not in self._gone:
-                    self._arrive(layer, index, now)
+                    self._arrive(layer, index)
                 if lost is not None or not ended or self._cancelled or not self._left[layer]:
                     self._changed.notify_all()
 
-    def _arrive(self, layer: int, index: int, now: float) -> None:
+    def _arrive(self, layer: int, index: int) -> None:
         self._arrived[index][layer] = 1
         self._left[layer] -= 1
         found = self.places[index].found
         size = found.header.raw_bytes // len(self._left)
         self._delivered += size
         self._copied += 0 if found.header.codec.direct and found.tier != "ram" else size
-        self._elapsed_s = now - self._begin
 
     def _lose(self, index: int, reason: MissReason) -> None:
         if index in self._gone:

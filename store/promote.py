@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -21,6 +22,7 @@ from store.types import KVKey
 log = logging.getLogger(__name__)
 
 MOST_QUEUED = 1024
+SWEEP_S = 30.0
 NICE = 10
 
 
@@ -58,6 +60,7 @@ class Promoter:
         self._lock = threading.Lock()
         self._queued: set[KVKey] = set()
         self._closed = False
+        self._swept = time.monotonic()
         # Its thread is nice: the request that has just read the entry is computing now.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store-promote", initializer=_be_nice)
 
@@ -97,6 +100,27 @@ class Promoter:
             self._ram.remove(key, only=new)
             return False
         return self._ram.get(key) is new
+
+    def sweep(self) -> None:
+        """Let go of copies of what other processes have deleted: they would not be served, but are not to stay either.
+
+        Raises ``StoreIOError``.
+        """
+        with self._ram.lock:
+            copies = list(self._ram.held.items())
+        for key, held in copies:
+            if self._below.generation(key) != held.generation:
+                self._ram.remove(key, only=held)
+
+    def sweep_in_time(self) -> None:
+        """``sweep``, behind the caller's back, if that is long ago."""
+        if time.monotonic() - self._swept < SWEEP_S:
+            return
+        with self._lock:
+            if self._closed or time.monotonic() - self._swept < SWEEP_S:
+                return
+            self._swept = time.monotonic()
+            self._executor.submit(self.sweep).add_done_callback(_log_error)
 
     def flush(self) -> None:
         """Until all that was offered so far is copied, or not."""

@@ -50,6 +50,7 @@ class TieredStore(KVStore):
         self._behind = Behind(self.put_many, config.behind_bytes)
 
     def find(self, want: Want) -> Found | Miss:
+        self._promoter.sweep_in_time()
         held = self._copy(want.key)
         if held is None:
             self._ram.get(want.key, use=True)  # asked for in vain: admission counts it
@@ -156,10 +157,7 @@ class TieredStore(KVStore):
 
     def gc(self, *, full: bool = False) -> GcReport:
         report = self._below.gc(full=full)
-        with self._ram.lock:
-            keys = list(self._ram.held)
-        for key in keys:
-            self._copy(key)  # drops it if what it is a copy of is gone
+        self._promoter.sweep()
         return report
 
     def flush(self) -> None:

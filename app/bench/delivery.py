@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from app.bench.pagecache import drop_page_cache
+from app.bench.pagecache import drop_page_cache, resident
 from app.bench.ttft import BenchError
 from store import ChunkKV, KVKey, KVLayout, KVStore, Miss, StoreConfig, Want
 from store.codec import CODECS
@@ -77,6 +75,7 @@ class StoreArm:
     wrong: Callable[[], str | None]
     reference: str = ""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     problem: str | None = None
 
     @property
@@ -92,8 +91,8 @@ class Delivery:
         self.folder = folder
         layout, tokens = setup.layout, setup.chunk * setup.chunks
         self.total = tokens * layout.token_bytes
-        chunks = [_chunk(setup, number) for number in range(setup.chunks)]
-        self.files = _Counting()
+        chunks = [make_chunk(setup, number) for number in range(setup.chunks)]
+        self.files = Counting()
         self.ssd = SsdStore(StoreConfig(path=folder), files=self.files)
         self.ssd.put_many(chunks)
         self.ssd.flush()
@@ -101,9 +100,11 @@ class Delivery:
         self.segments = sorted(folder.glob("segments/*.seg"))
         self.file_bytes = sum(path.stat().st_size for path in self.segments)
         if not self.segments:
+            self.ssd.close()
             raise BenchError(f"chunks of {self.total // setup.chunks} bytes lie in the index: take a larger --chunk")
         self.tiers = TieredStore(StoreConfig(path=folder, ram_bytes=2 * self.total), self.ssd)
         if self.tiers.warm([want.key for want in self.wants]) < setup.chunks:
+            self.tiers.close()
             raise BenchError(f"{self.total} bytes could not be brought into memory")
         # From numpy, which asks for huge pages; every page is touched before anything is timed.
         self.memory: Memory = np.empty(max(self.total, self.file_bytes), np.uint8)
@@ -140,13 +141,15 @@ class Delivery:
             for state in ("cold", "warm"):
                 made.append(StoreArm("plain", state, n, partial(self._plain, n), self._wrong_file))
                 made.append(
-                    StoreArm("ssd", state, n, partial(self._chunks, self.ssd, n), self._wrong_kv, f"plain/{state}/{n}")
+                    StoreArm(
+                        "ssd", state, n, partial(self.read_chunks, self.ssd, n), self._wrong_kv, f"plain/{state}/{n}"
+                    )
                 )
             made += [
                 StoreArm("memcpy", "chunks", n, partial(self._copy, n), self._wrong_copy),
                 StoreArm("memcpy", "pieces", n, partial(self._copy_pieces, n), self._wrong_pieces),
                 StoreArm("memcpy", "whole", n, partial(self._copy, n, whole=True), self._wrong_copy),
-                StoreArm("ram", "", n, partial(self._chunks, self.tiers, n), self._wrong_kv, f"memcpy/chunks/{n}"),
+                StoreArm("ram", "", n, partial(self.read_chunks, self.tiers, n), self._wrong_kv, f"memcpy/chunks/{n}"),
             ]
         return made
 
@@ -166,39 +169,20 @@ class Delivery:
                 with path.open("rb", buffering=0) as file:
                     while file.read(BLOCK):
                         pass
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         arm.run()
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         arm.problem = arm.wrong()
         if keep and arm.problem is None:
             arm.seconds.append(seconds)
-
-    def delivered(self, arm: StoreArm) -> list[float]:
-        """GB/s of each repeat."""
-        size = self.file_bytes if arm.name == "plain" else self.total
-        return [size / s / 1e9 for s in arm.seconds]
-
-    def copies(self) -> dict[str, float]:
-        """Bytes moved by the processor for each byte delivered, of ``ssd`` (from the page cache) and ``ram``."""
-        counted = {}
-        for name, store in (("ssd", self.ssd), ("ram", self.tiers)):
-            self.files.bytes = 0
-            tracemalloc.start()
-            self._chunks(store, 1)
-            scratch = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            moved = self.files.bytes if name == "ssd" else self.total
-            # A read that fits a plane into memory of its own copies it from there once more.
-            buffered = scratch >= self.total // self.setup.chunks // self.setup.layers // 2
-            counted[name] = round(moved / self.total + buffered, 3)
-        return counted
+            arm.cpu_seconds.append(cpu)
 
     def close(self) -> None:
         for pool in self.pools.values():
             pool.shutdown()
         self.tiers.close()  # and what is below it
 
-    def _chunks(self, store: KVStore, threads: int) -> None:
+    def read_chunks(self, store: KVStore, threads: int) -> None:
         """All chunks, each thread its part of them in order."""
 
         def work(numbers: range) -> None:
@@ -296,7 +280,7 @@ class Delivery:
         return None if _sum(self.memory[: self.total]) == self.pieces_sum else "the pieces are not where they belong"
 
 
-class _Counting(Files):
+class Counting(Files):
     """Counts the bytes that it reads."""
 
     def __init__(self) -> None:
@@ -309,31 +293,17 @@ class _Counting(Files):
         return got
 
 
-def resident(path: Path, samples: int = 64) -> float:
-    """Part of a file that is in the page cache, by sample; 1.0 where the kernel does not say (tmpfs is all cache)."""
-    size = path.stat().st_size
-    descriptor = os.open(path, os.O_RDONLY)
-    there = 0
-    try:
-        # Read backwards: asking must not start the kernel's readahead of what is asked next.
-        for i in reversed(range(samples)):
-            try:
-                there += os.preadv(descriptor, [bytearray(1)], size * i // samples, os.RWF_NOWAIT)
-            except OSError as error:
-                if error.errno != errno.EAGAIN:
-                    return 1.0
-    finally:
-        os.close(descriptor)
-    return there / samples
-
-
-def _chunk(setup: StoreSetup, number: int) -> ChunkKV:
+def make_chunk(setup: StoreSetup, number: int, *, values: bool = False) -> ChunkKV:
+    """Random bytes, or ``values`` that a codec takes: normal ones."""
     layout = setup.layout
     generator = np.random.default_rng((setup.seed, number))
     shape = (layout.layers, setup.chunk, layout.heads, layout.head_dim)
-    # Any bits do: nothing computes with them.
-    k, v = (_as_kv(generator.integers(0, 256, 2 * int(np.prod(shape)), np.uint8), shape) for _ in range(2))
-    digest = xxhash.xxh3_128_digest(f"{setup.seed} {number}") * 2
+    size = int(np.prod(shape))
+    if values:
+        k, v = (torch.from_numpy(generator.standard_normal(size, np.float32)).bfloat16().view(shape) for _ in range(2))
+    else:  # any bits do: nothing computes with them
+        k, v = (_as_kv(generator.integers(0, 256, 2 * size, np.uint8), shape) for _ in range(2))
+    digest = xxhash.xxh3_128_digest(f"{setup.seed} {number}".encode()) * 2
     return ChunkKV(KVKey(digest), layout, tuple(range(setup.chunk)), k, v, 0, digest, "bench")
 
 

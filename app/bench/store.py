@@ -25,24 +25,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from app.bench.copies import count_copies
+from app.bench.delivery import BLOCK, Delivery, StoreArm, StoreSetup
 from app.bench.ttft import BenchError
 from store.codec import open_codec
 
 TARGET = 0.8
-from app.bench.delivery import BLOCK, Delivery, StoreArm, StoreSetup
 
 
 def run_store(setup: StoreSetup, folder: Path, *, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The report, with a store in ``folder``, which must be empty and on the device to be measured::
 
         {"bytes", "chunks", "chunk_bytes", "plane_bytes", "block_bytes", "cold",
-         "arms": [{"name", "state", "threads", "median_gb_s", "p10_gb_s", "p90_gb_s",
-                   "reference", "of_reference", "target", "outputs_checked", "problem"}],
+         "arms": [{"name", "state", "threads", "median_gb_s", "p10_gb_s", "p90_gb_s", "reference", "of_reference",
+                   "of_reference_cpu", "target", "outputs_checked", "problem"}],
          "codecs": [{"codec", "lossless", "times_smaller", "bits_per_value", "encode_gb_s", "decode_gb_s", "error"}],
-         "copies": {"ssd", "ram"}, "data"}
+         "copies": {"ssd", "ram", "ssd CODEC", "ram CODEC"}, "data"}
 
     GB are 1e9 bytes of raw KV (of plain reads: of the file). ``of_reference`` is the median, over repeats, of the
-    arm's speed over its reference's in the same repeat; None for references and for arms with a problem.
+    arm's speed over its reference's in the same repeat; ``of_reference_cpu`` the same by seconds of processor time:
+    other processes on the machine disturb it less. None for references and for arms with a problem.
     """
     bench = Delivery(setup, folder)
     try:
@@ -52,8 +54,8 @@ def run_store(setup: StoreSetup, folder: Path, *, progress: Callable[[str], None
             for arm in rng.sample(arms, len(arms)):
                 bench.time(arm, keep=repeat > 0)
                 progress(f"{arm.label}: {arm.problem or f'{arm.seconds[-1] if arm.seconds else 0:.3f} s'}")
-        speeds = {arm.label: bench.delivered(arm) for arm in arms}
-        copies = bench.copies()
+        sizes = {arm.label: bench.file_bytes if arm.name == "plain" else bench.total for arm in arms}
+        copies = count_copies(bench)
     finally:
         bench.close()
     return {
@@ -63,11 +65,21 @@ def run_store(setup: StoreSetup, folder: Path, *, progress: Callable[[str], None
         "plane_bytes": bench.total // setup.chunks // setup.layers,
         "block_bytes": BLOCK,
         "cold": "fdatasync, then POSIX_FADV_DONTNEED; checked with RWF_NOWAIT",
-        "arms": [_report(arm, arms, speeds) for arm in arms],
-        "codecs": [measure_codec(name, setup) for name in setup.codecs],
+        "arms": [_report(arm, arms, sizes) for arm in arms],
+        "codecs": measure_codecs(setup),
         "copies": copies,
         "data": "tiers: random bytes; codecs: normal values, K's channels of different scale (log-normal)",
     }
+
+
+def measure_codecs(setup: StoreSetup) -> list[dict[str, Any]]:
+    """``measure_codec`` of each, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [measure_codec(name, setup) for name in setup.codecs]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure_codec(name: str, setup: StoreSetup) -> dict[str, Any]:
@@ -113,13 +125,15 @@ def measure_codec(name: str, setup: StoreSetup) -> dict[str, Any]:
     }
 
 
-def _report(arm: StoreArm, arms: Sequence[StoreArm], speeds: dict[str, list[float]]) -> dict[str, Any]:
-    mine = speeds[arm.label]
-    ok = arm.problem is None and bool(mine)
+def _report(arm: StoreArm, arms: Sequence[StoreArm], sizes: dict[str, int]) -> dict[str, Any]:
+    ok = arm.problem is None and bool(arm.seconds)
+    mine = np.divide(sizes[arm.label] / 1e9, arm.seconds)
     reference = next((other for other in arms if other.label == arm.reference), None)
-    ratio = None
+    ratios: dict[str, float | None] = {"of_reference": None, "of_reference_cpu": None}
     if ok and reference is not None and reference.problem is None:
-        ratio = float(np.median(np.divide(mine, speeds[reference.label])))
+        larger = sizes[arm.label] / sizes[reference.label]
+        ratios["of_reference"] = larger * float(np.median(np.divide(reference.seconds, arm.seconds)))
+        ratios["of_reference_cpu"] = larger * float(np.median(np.divide(reference.cpu_seconds, arm.cpu_seconds)))
     p10, median, p90 = np.quantile(mine, [0.1, 0.5, 0.9]).tolist() if ok else (None, None, None)
     return {
         "name": arm.name,
@@ -129,7 +143,7 @@ def _report(arm: StoreArm, arms: Sequence[StoreArm], speeds: dict[str, list[floa
         "p10_gb_s": p10,
         "p90_gb_s": p90,
         "reference": arm.reference or None,
-        "of_reference": ratio,
+        **ratios,
         "target": TARGET if arm.reference else None,
         "outputs_checked": ok,
         "problem": arm.problem,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app.cli.bench_store import store
 from app.cli.novelty import novelty
 from app.cli.options import Config, EngineName, Json, ManyCommand, Model, help_alone, read_settings
 from app.cli.output import Meter, note, print_json, print_table, quiet_engines, stdout_is_for_results
@@ -21,6 +22,7 @@ group = typer.Typer(help="Measure.", rich_markup_mode=None)
 
 def add_to(app: typer.Typer) -> None:
     group.command("novelty")(novelty)
+    group.command("store", cls=ManyCommand)(store)
     app.add_typer(group, name="bench")
 
 

@@ -12,7 +12,7 @@ from app.cli.stored import All, Chunks, Collections, Documents, body, opened_con
 from app.cli.talk import ServerError, find_server
 
 if TYPE_CHECKING:
-    from app.control import Selection
+    from app.choose import Selection
     from app.settings import Settings
 
 

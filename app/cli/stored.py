@@ -11,7 +11,8 @@ import typer
 from app.cli.output import note
 
 if TYPE_CHECKING:
-    from app.control import Control, Selection
+    from app.choose import Selection
+    from app.control import Control
     from app.settings import Settings
     from store.ssd import SsdStore
 
@@ -55,7 +56,7 @@ def selection(
     collection: list[str] | None, document: list[str] | None, chunk: list[str] | None, all: bool = False
 ) -> Selection:
     """What the options mean."""
-    from app.control import Selection
+    from app.choose import Selection
 
     return Selection(tuple(collection or ()), tuple(document or ()), tuple(chunk or ()), all)
 

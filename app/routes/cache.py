@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from app.control import Chosen, Selection, Sort
+from app.choose import Chosen, Selection
+from app.control import Sort
 from app.routes.common import ServiceOf, json_bytes, json_schema
 from app.schema.body import read_body, warning_header
 from app.schema.cache import GcRequest, MoveRequest, SelectRequest, VerifyRequest

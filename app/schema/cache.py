@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from app.control import Selection
+from app.choose import Selection
 from app.schema.body import Body
 
 _Ids = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=1000)]

@@ -69,13 +69,14 @@ def upper_bound(trace: Trace, capacity: int) -> float:
     valuable by the byte and access get it first, the last one in part: the linear relaxation of that knapsack.
     """
     intervals = []
-    end = len(trace.accesses)
-    for at, following in enumerate(next_uses(trace)):
-        chunk = trace.chunks[trace.accesses[at].chunk]
-        if following < end and chunk.bytes <= capacity:
-            intervals.append((chunk.saved_s, chunk.bytes * (following - at)))
+    before: dict[int, int] = {}
+    for at, access in enumerate(trace.accesses):
+        chunk = trace.chunks[access.chunk]
+        if access.asked and access.chunk in before and chunk.bytes <= capacity:
+            intervals.append((chunk.saved_s, chunk.bytes * (at - before[access.chunk])))
+        before[access.chunk] = at
     intervals.sort(key=lambda interval: interval[0] / interval[1], reverse=True)
-    room, saved = float(capacity * end), 0.0
+    room, saved = float(capacity * len(trace.accesses)), 0.0
     for value, takes in intervals:
         saved += value * min(1.0, room / takes)
         room -= takes

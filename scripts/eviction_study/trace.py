@@ -84,8 +84,16 @@ def _mixed(rng: np.random.Generator, cost: CostModel, n: int, owner: str = "defa
 
 
 def _draw(rng: np.random.Generator, order: Ints, weights: Floats, requests: int) -> list[Found]:
-    """Each request K different chunks; the rank of popularity r is chunk ``order[r]``."""
-    return [order[rng.choice(len(order), K, replace=False, p=weights)] for _ in range(requests)]
+    """Each request K different chunks, one after the other; the rank of popularity r is chunk ``order[r]``."""
+    upto = np.cumsum(weights)
+    found: list[Found] = []
+    for ranks in np.searchsorted(upto / upto[-1], rng.random((requests, 8 * K)), side="right"):
+        # What comes again is drawn anew: the next of the row, in the end as many as it takes.
+        different = dict.fromkeys(ranks.tolist())
+        while len(different) < K:
+            different[int(rng.choice(len(order), p=weights))] = None
+        found.append(order[list(different)[:K]])
+    return found
 
 
 def zipf(rng: np.random.Generator, cost: CostModel, exponent: float) -> Trace:

@@ -20,8 +20,8 @@ CODECS: Mapping[str, Codec] = {
         Fp8(),
         Int8(),
         Int4(),
-        Entropy("entropy", steps=(0.25,), bits=4.1),
-        Entropy("entropy-coarse", steps=(0.67, 0.5, 0.375), bits=3.2),
+        Entropy("entropy", steps=(0.25,), bits=4.0),
+        Entropy("entropy-coarse", steps=(0.67, 0.5, 0.375), bits=3.1),
     )
 }
 

@@ -9,8 +9,8 @@ with a bias there (Qwen2) have channels whose mean is a hundred times their spre
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +23,9 @@ LARGEST = 1e15
 SMALLEST_STEP = 1e-30
 """Far below any rounding of KV, far above what float32 can no longer divide by."""
 
-BLOCK = 1 << 16
-"""Values decoded at a time (256 KiB of float32): what is between the passes stays in the processor's L2 cache."""
+BLOCK = 1 << 15
+"""Values decoded at a time: what is between the passes stays in the processor's L2 cache, and torch, which splits work
+above this size, stays on the calling thread. Planes are read by several threads, while the model computes."""
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class Reader:
 
     def codes(self, *shape: int) -> Tensor:
         """The next uint8."""
-        return self._take(int(np.prod(shape))).view(shape)
+        return self._take(prod(shape)).view(shape)
 
     def short(self, *shape: int) -> Tensor:
         """The next bfloat16, as float32."""
@@ -102,7 +103,7 @@ class Reader:
             raise CorruptEntryError(f"the plane has {len(self._plane)} bytes, its codec needs {self._at}")
 
     def _floats(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        part = self._take(dtype.itemsize * int(np.prod(shape)))
+        part = self._take(dtype.itemsize * prod(shape))
         return part.clone().view(dtype).view(shape)  # parts may start at an odd byte, which torch does not view
 
     def _take(self, size: int) -> Tensor:

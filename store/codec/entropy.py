@@ -61,8 +61,9 @@ class Entropy:
             channels = heads * dim
             sizes = _SIZES.unpack(reader.codes(_SIZES.size).numpy().data)
             means_and_steps = [(reader.short(1, channels), reader.short(1, channels)) for _ in (k, v)]
+            decompressor = zstandard.ZstdDecompressor()  # this call's own: they are not thread-safe
             for size, (mean, step), x in zip(sizes, means_and_steps, (k, v), strict=True):
-                codes = _inflate(reader.codes(size), tokens * channels).view(tokens, channels)
+                codes = _inflate(decompressor, reader.codes(size), tokens * channels).view(tokens, channels)
                 scale_channels(codes, step, mean - MIDDLE * step, x.view(tokens, channels))
         reader.done()
 
@@ -90,12 +91,11 @@ def quantize_centred(rows: Tensor, heads: int, steps: float) -> tuple[Tensor, Te
     return codes.to(torch.uint8), step, mean
 
 
-def _inflate(stream: Tensor, size: int) -> Tensor:
+def _inflate(decompressor: zstandard.ZstdDecompressor, stream: Tensor, size: int) -> Tensor:
     """The ``size`` bytes that ``stream`` was made of. Raises ``CorruptEntryError``."""
     codes = torch.empty(size + 1, dtype=torch.uint8)  # one more: a stream that is too long shows
     try:
-        # A decompressor of its own: they are not thread-safe.
-        with zstandard.ZstdDecompressor().stream_reader(stream.numpy().data) as source:
+        with decompressor.stream_reader(stream.numpy().data) as source:
             got = source.readinto(codes.numpy())
     except zstandard.ZstdError as error:
         raise CorruptEntryError(f"the stream does not decompress: {error}") from error

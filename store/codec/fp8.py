@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,13 +65,13 @@ def _widen(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     make the same number, subnormal ones too, but for the bias of 15 instead of 7: 2^-8 of it.
     """
     tokens, heads, dim = codes.shape
+    bits = codes.numpy().astype(np.int16)  # the sign fills the upper half
+    bits <<= 7
+    bits &= -0x4001  # all but the sign's copy in the exponent's top bit
+    halves, scale = torch.from_numpy(bits).view(torch.float16), scale * 256.0
     block = max(1, BLOCK // (heads * dim))
-    bits = torch.empty(min(block, tokens), heads, dim, dtype=torch.int16)
-    values = torch.empty(min(block, tokens), heads, dim)
+    scratch = torch.empty(min(block, tokens), heads, dim)
     for at in range(0, tokens, block):
-        n = min(block, tokens - at)
-        bits[:n].copy_(codes[at : at + n])  # the sign fills the upper half
-        bits[:n].bitwise_left_shift_(7).bitwise_and_(-0x4001)  # all but the sign's copy in the exponent's top bit
-        values[:n].copy_(bits[:n].view(torch.float16))
-        values[:n].mul_(scale * 256.0)
-        store_rows(values[:n], out[at : at + n])
+        part = scratch[: min(block, tokens - at)]
+        part.copy_(halves[at : at + block]).mul_(scale)
+        store_rows(part, out[at : at + block])

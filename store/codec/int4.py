@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def _join(codes: Tensor) -> Tensor:
 def _split(reader: Reader, tokens: int, channels: int) -> Tensor:
     size = tokens * channels
     half = -(-size // 2)
-    packed, codes = reader.codes(half), torch.empty(size, dtype=torch.uint8)
-    torch.bitwise_and(packed, 15, out=codes[:half])
-    torch.bitwise_right_shift(packed[: size - half], 4, out=codes[half:])
-    return codes.view(tokens, channels)
+    packed, codes = reader.codes(half).numpy(), np.empty(size, dtype=np.uint8)
+    np.bitwise_and(packed, 15, out=codes[:half])
+    np.right_shift(packed[: size - half], 4, out=codes[half:])
+    return torch.from_numpy(codes).view(tokens, channels)

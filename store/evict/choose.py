@@ -26,9 +26,10 @@ def choose(
 
     First what has expired, needed or not. If that is not enough: down to ``rules.low`` of the limit, so that it is not
     called again for the next newcomer: entries of owners above their share, then of all; in the order of what a byte
-    is worth (``Policy.worth``), those in the part for ``Policy.recent`` last of all; ties go to the longer unused,
-    then to the smaller key. Pinned entries never go. ``owner``: whom ``need`` counts against. ``now``: seconds, as in
-    ``Usage.last``. ``enough`` is False if ``need`` does not fit even so (what could go is listed all the same).
+    is worth (``Policy.worth``), last of all those in the part for ``Policy.recent``, the longest unused first; ties go
+    to the longer unused, then to the smaller key. Pinned entries never go. ``owner``: whom ``need`` counts against.
+    ``now``: seconds, as in ``Usage.last``. ``enough`` is False if ``need`` does not fit even so (what could go is
+    listed all the same).
     """
     held = 0
     by_owner: defaultdict[str, int] = defaultdict(int)
@@ -48,7 +49,8 @@ def choose(
 
     goal = min(rules.limit - need, int(rules.limit * rules.low))
     worths = policy.worth(kept, now=now)
-    order = _ranked(kept, worths, policy.recent * goal)
+    # All of it: then they go in the order of their last use, none is left over for its worth.
+    order = _ranked(kept, worths, policy.recent * goal if policy.recent < 1.0 else held)
     if owner is not None:
         by_owner[owner] += need
     allowed = {name: rules.limit * share for name, share in rules.shares.items()}
@@ -85,5 +87,5 @@ def _ranked(items: Sequence[Item], worths: Worths, recent: float) -> list[int]:
         newest = np.lexsort((digests, -last, unused))
         sizes = np.array([item.bytes for item in items], dtype=np.int64)[newest]
         safe[newest] = (np.cumsum(sizes) <= recent) & ~unused[newest]
-    order: list[int] = np.lexsort((digests, last, worths, safe)).tolist()
+    order: list[int] = np.lexsort((digests, last, np.where(safe, last, worths), safe)).tolist()
     return order

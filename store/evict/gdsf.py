@@ -37,8 +37,11 @@ class Gdsf:
             raise ValueError(f"recent must be within 0..1, not {self.recent}")
 
     def entered(self, bytes: int, cost: float, *, now: float, clock: float, before: Usage | None) -> Usage:
-        # The request that was missed is in `before` already: it is not counted a second time.
-        return before if before is not None and before.frequency >= 1.0 else Usage(_UNUSED, now, now)
+        if before is None or before.frequency < 1.0:
+            return Usage(_UNUSED, now, now)
+        # The request that was missed is in `before` already: it is not counted a second time. What comes back unasked
+        # begins a new time to live.
+        return Usage(before.frequency, max(now, before.last), before.priority)
 
     def used(self, usage: Usage, bytes: int, cost: float, *, now: float, clock: float, times: int = 1) -> Usage:
         if usage.frequency < 1.0:

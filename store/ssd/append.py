@@ -47,6 +47,7 @@ class Appender:
 
     def __init__(self, index: Index, segments: Segments, segment_bytes: int) -> None:
         self.segment_bytes = segment_bytes
+        self.created = 0  # segments so far
         self._index = index
         self._segments = segments
         # After a failed write or sync the kernel may have dropped dirty pages and call the next sync a success.
@@ -110,16 +111,19 @@ class Appender:
         except OSError:
             self._give_up(number, 0)
             raise
+        self.created += 1
         return number
 
     def _write(self, number: int, buffers: list[Buffer], start: int) -> None:
-        if not buffers:
+        if not number:
             return
         segment = self._segments.open(number)
         try:
-            segment.trim(start)
+            # Also of a segment that is only sealed now: nobody would cut its garbage off later.
+            trimmed = segment.trim(start)
             segment.write(buffers, start)
-            segment.sync()
+            if buffers or trimmed:
+                segment.sync()
         except OSError:
             self._give_up(number, start)
             raise

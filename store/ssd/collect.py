@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -110,31 +111,42 @@ def collect(
     return Collected(max(0, freed), moved, removed, tuple(bad))
 
 
-def remove_orphans(db: Database, index: Index, segments: Segments) -> int:
-    """Remove files that the index does not know, of a process that was killed; the bytes they took.
+def remove_leftovers(db: Database, index: Index, segments: Segments) -> None:
+    """Remove what killed processes have left: files that the index does not know, and what lies above the tails.
 
-    Only when the index is complete: before, nobody knows which are orphans.
+    Only of a complete index: before, nobody knows what is left over. What cannot be removed is logged, and stays.
     """
+    if not any(db.read(lambda txn: _leftovers(txn, index, segments))):
+        return
 
-    def work(txn: Txn) -> list[int]:
-        # A file is made before its row is committed, but inside the transaction: none is being made now.
-        if not index.complete(txn):
-            return []
-        known = index.segments(txn)
-        return [number for number in segments.numbers() if number not in known]
-
-    orphans = db.read(work)
-    if not orphans:
-        return 0
-
-    def remove(txn: Txn) -> int:
-        freed = 0
-        for number in work(txn):
+    def work(txn: Txn) -> None:
+        # Files are made and written inside write transactions only: none is in the making now.
+        orphans, ends = _leftovers(txn, index, segments)
+        for number in orphans:
             log.warning("%s belongs to nobody and is removed", segments.path(number))
-            freed += _unlink(segments, number)
-        return freed
+            _unlink(segments, number)
+        for number, tail in ends.items():
+            log.warning("%s is cut to its tail, %d", segments.path(number), tail)
+            try:
+                segments.open(number).trim(tail)
+                segments.open(number).sync()
+            except OSError as error:
+                log.warning("%s stays as it is for now: %s", segments.path(number), error)
 
-    return db.write(remove, need=0)
+    db.write(work, need=0)
+
+
+def _leftovers(txn: Txn, index: Index, segments: Segments) -> tuple[list[int], dict[int, int]]:
+    """Numbers of files of nobody, and the tails of files that are longer."""
+    if not index.complete(txn):
+        return [], {}
+    known = index.segments(txn)
+    there = {}
+    for number in segments.numbers():
+        with suppress(FileNotFoundError):  # collected meanwhile by another process
+            there[number] = segments.path(number).stat().st_size
+    longer = {number: known[number].tail for number in there if number in known and there[number] > known[number].tail}
+    return [number for number in there if number not in known], longer
 
 
 def _victims(db: Database, index: Index, segment_bytes: int, most_bytes: int | None, full: bool) -> list[_Victim]:

@@ -95,8 +95,15 @@ class Files:
     def truncate(self, descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
+    def cached(self, descriptor: int, offset: int) -> bool:
+        """If the byte there is in the kernel's cache; False where it cannot be told."""
+        try:
+            return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # it would block, or the file system cannot tell
+            return False
+
     def advise(self, descriptor: int, offset: int, length: int) -> None:
-        """Have the kernel read these bytes into its cache, without waiting for it."""
+        """Have the kernel read these bytes into its cache, without waiting for it: as many as it does at a time."""
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def unlink(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from store.check import check_target, read_header
 from store.codec import Bytes
 from store.entry import Header, check_plane, decode_plane
 from store.errors import CorruptEntryError, LostError, StoreError
+from store.ssd.ahead import Ahead
 from store.ssd.rows import INLINE, Place
 from store.ssd.segment import Segment
 from store.types import KVKey
@@ -51,6 +52,8 @@ def check_spot(key: KVKey, spot: Spot) -> Header:
 class Finder(Protocol):
     """What a reader needs of its store."""
 
+    ahead: Ahead
+
     def locate(self, key: KVKey) -> Spot | None:
         """Where the entry is now. Raises ``CorruptEntryError`` and ``StoreError``."""
         ...
@@ -82,10 +85,7 @@ class SsdFound:
     def advise(self) -> None:
         place, segment = self._spot.place, self._spot.segment
         if segment is not None:
-            try:
-                segment.advise(place.offset + place.head, place.payload)
-            except OSError as error:  # it was only advice
-                log.debug("advice about %s was refused: %s", segment.path, error)
+            self._finder.ahead.push(segment, place.offset + place.head, place.payload)
 
     def planes(self) -> list[Bytes]:
         """All planes as they are stored, checked, views of one new buffer. Raises ``LostError`` as ``read``."""
@@ -132,12 +132,14 @@ class SsdFound:
         if k.nbytes + v.nbytes != header.sizes[layer]:
             raise CorruptEntryError(f"plane {layer} has {header.sizes[layer]} bytes for {k.nbytes} and {v.nbytes}")
         at = spot.place.offset + spot.place.head + header.offsets[layer]
-        # In pieces, each hashed while it is still in the cache: in one piece it comes a second time from memory.
-        hasher = xxhash.xxh3_128()
-        for memory in (_memory(k), _memory(v)):
-            for start in range(0, len(memory), _PIECE):
-                piece = memory[start : start + _PIECE]
-                spot.segment.read([piece], at)
+        segment, hasher = spot.segment, xxhash.xxh3_128()
+        # In pieces, each hashed while it is still in the cache; and not in more calls than need be.
+        pieces = [_memory(k), _memory(v)]
+        if k.nbytes > _PIECE:
+            pieces = [memory[start : start + _PIECE] for memory in pieces for start in range(0, len(memory), _PIECE)]
+        for pair in (pieces,) if len(pieces) == 2 else ([piece] for piece in pieces):
+            segment.read(pair, at)
+            for piece in pair:
                 hasher.update(piece)
                 at += len(piece)
         if hasher.digest() != header.checksums[layer]:

@@ -11,7 +11,7 @@ from store.config import StoreConfig
 from store.errors import StoreError
 from store.evict import Policy
 from store.ssd.append import Appender
-from store.ssd.collect import remove_orphans
+from store.ssd.collect import remove_leftovers
 from store.ssd.database import DamagedError, Database
 from store.ssd.files import Files
 from store.ssd.index import Index
@@ -70,5 +70,5 @@ class Parts:
         with self.db.translated():
             if not self.db.read(self.index.complete):
                 rebuild(self.db, self.index, self.segments, now=time.time())
-            remove_orphans(self.db, self.index, self.segments)
+            remove_leftovers(self.db, self.index, self.segments)
             self.reclaimer.settle(self.db.read(self.index.graves))

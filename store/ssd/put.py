@@ -66,12 +66,15 @@ class Putter:
     def put(self, group: Sequence[Coded]) -> list[int]:
         """As ``put_many``; sound entries that are there already are left alone, damaged ones must have been dropped."""
         sizes: list[int] = []
+        created = self._appender.created
         while len(sizes) < len(group):
             rest = group[len(sizes) :]
             done = self._write(rest)
             if isinstance(done, _Short):  # one by one: each newcomer is weighed against those who would have to go
                 done = [self._squeeze(rest[0])]
             sizes += done
+        if self._appender.created != created:
+            self._room.tidy()
         return sizes
 
     def _squeeze(self, one: Coded) -> int:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _ROW_BYTES = 12 << 10  # of the index per entry besides its header and payload: pages that are copied to be changed
 _MOST_HEADROOM = 1 << 20  # left for the index: LMDB copies pages even to delete
 _LOW = 0.9
+_SPARSE, _FEW_FILES = 4, 32  # so much larger may all files be than what lives in them
 
 
 class Need(NamedTuple):
@@ -98,6 +99,15 @@ class Room:
         grows = 0 if 2 * need.rows <= self._db.idle_bytes(txn) else need.rows
         return max(0, self.held(txn) + need.segments + grows - limit)
 
+    def outlook(self, key: KVKey, txn: Txn) -> tuple[float, float]:
+        """What the choice of a codec for a newcomer goes by: uses to expect by what is remembered of it, and how scarce
+        room is (0: less than half of the limit is held, 1: entries are about to be evicted for it)."""
+        grief = self._index.grief(txn, key)
+        frequency = 1.0 if grief is None else max(1.0, grief.frequency)
+        limit = self.limit
+        filled = 0.0 if limit is None else self.held(txn) / limit
+        return frequency, min(1.0, max(0.0, (filled - 0.5) / (_LOW - 0.5)))
+
     def make(self, newcomer: Item | None, short: int) -> Made:
         """Evict so that ``short`` bytes more are free for ``newcomer``; None: only what has expired, or is beyond the
         limit already.
@@ -114,6 +124,13 @@ class Room:
             self._recycled(short)
         return made
 
+    def tidy(self) -> None:
+        """Merge segments of which little is left: holes take no room, but files would become more and more."""
+        segments = self._db.read(self._index.segments)
+        live, files = sum(extent.live for extent in segments.values()), len(segments)
+        if files > _FEW_FILES and files * self._appender.segment_bytes > _SPARSE * live:
+            self._collect()
+
     def _recycled(self, short: int) -> bool:
         """Where dead bytes cannot be punched out of their files: copy what lives around them, if they are enough."""
         if self._reclaimer.supported or not short:
@@ -121,8 +138,12 @@ class Room:
         dead = self._db.read(lambda txn: sum(extent.dead for extent in self._index.segments(txn).values()))
         if dead < short:
             return False
+        return self._collect()
+
+    def _collect(self) -> bool:
+        """Copy a segment at most, so that no put waits for more; if that freed anything."""
         segments, most = self._reclaimer.segments, self._appender.segment_bytes
-        try:  # a segment at most, so that no put waits for more
+        try:
             return collect(self._db, self._index, segments, self._appender, most_bytes=most).freed > 0
         except StoreFullError as error:
             log.warning("%s", error)

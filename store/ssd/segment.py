@@ -54,12 +54,20 @@ class Segment:
         """Make sure that no scan finds the record that starts there. Not yet durable."""
         self._files.write(self._descriptor, [bytes(64)], offset)
 
-    def trim(self, tail: int) -> None:
-        """Cut off a crash's garbage: whole records may be in it, of entries that nobody was told are stored."""
-        if self.size() > tail:
-            self._files.truncate(self._descriptor, tail)
+    def trim(self, tail: int) -> bool:
+        """Cut off a crash's garbage: whole records may be in it, of entries that nobody was told are stored. True if
+        there was any; not yet durable."""
+        if self.size() <= tail:
+            return False
+        self._files.truncate(self._descriptor, tail)
+        return True
+
+    def cached(self, offset: int) -> bool:
+        """If the byte there can be read without waiting for the device."""
+        return self._files.cached(self._descriptor, offset)
 
     def advise(self, offset: int, length: int) -> None:
+        """See ``Files.advise``."""
         self._files.advise(self._descriptor, offset, length)
 
     def size(self) -> int:

@@ -12,12 +12,14 @@ from functools import partial
 from store.base import Entry, Found, GcReport, KVStore, Miss, StoreStats, VerifyReport
 from store.check import mismatch
 from store.codec import Bytes, Codec, open_codec
+from store.codec.choose import Prices, choose_codec
 from store.config import StoreConfig
 from store.entry import check_plane, decode_header, encode
 from store.errors import CorruptEntryError, LostError, StoreError
 from store.evict import open_policy
 from store.ssd import listing, remove
-from store.ssd.collect import collect, remove_orphans
+from store.ssd.ahead import Ahead
+from store.ssd.collect import collect, remove_leftovers
 from store.ssd.database import DamagedError, Txn
 from store.ssd.files import Files
 from store.ssd.found import Spot, SsdFound, check_spot
@@ -54,6 +56,7 @@ class SsdStore(KVStore):
         self._files = files if files is not None else Files()
         self._policy = open_policy(config.policy)
         self._uses = Uses(self._note)
+        self.ahead = Ahead()
         self._seen: Counter[str] = Counter()  # what a read-only store cannot write down
         self._swept = time.monotonic()
         self._sweeping = threading.Lock()
@@ -136,7 +139,7 @@ class SsdStore(KVStore):
         for place in there:
             if place.segment != INLINE:
                 try:
-                    self._parts.segments.open(place.segment).advise(place.offset, place.length)
+                    self.ahead.push(self._parts.segments.open(place.segment), place.offset, place.length)
                 except OSError as error:  # it was only advice
                     log.debug("no prefetch: %s", error)
         return len(there)
@@ -182,7 +185,16 @@ class SsdStore(KVStore):
         return self._put(group)
 
     def _codec(self, chunk: ChunkKV) -> Codec:
-        return open_codec("raw" if self.config.codec == "auto" else self.config.codec)
+        if self.config.codec != "auto":
+            return open_codec(self.config.codec)
+        frequency, pressure = self._parts.db.read(partial(self._parts.room.outlook, chunk.key))
+        return choose_codec(
+            tokens=len(chunk.token_ids),
+            layout=chunk.layout,
+            frequency=frequency,
+            saved_s_per_token=self.config.saved_s_per_token,
+            prices=Prices(pressure=pressure),
+        )
 
     def _put(self, group: list[Coded]) -> list[int]:
         index = self._parts.index
@@ -247,8 +259,10 @@ class SsdStore(KVStore):
                 raise
             log.error("the index is rebuilt: %s", error)
         self._parts.close()
-        put_aside(self.path, self._files)
-        self._parts = self._open()
+        try:
+            put_aside(self.path, self._files)
+        finally:  # another process has it open: then this one goes on with what there is
+            self._parts = self._open()
         return verify(self, repair=True)
 
     def recount(self) -> None:
@@ -264,7 +278,7 @@ class SsdStore(KVStore):
         with parts.db.translated():
             parts.reclaimer.settle(parts.db.read(parts.index.graves))
             self._settle()
-            remove_orphans(parts.db, parts.index, parts.segments)
+            remove_leftovers(parts.db, parts.index, parts.segments)
             moved = collect(parts.db, parts.index, parts.segments, parts.appender, full=full).moved
         parts.segments.sweep()
         freed = max(0, held - parts.db.read(parts.room.held))
@@ -276,6 +290,7 @@ class SsdStore(KVStore):
             self._settle()
 
     def close(self) -> None:
+        self.ahead.close()
         self._uses.close()
         if not self._parts.db.closed:
             try:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.control import Control, Selection
+from app.choose import Selection
+from app.control import Control
 from app.errors import BadRequestError
 from app.files import DataFileError
 from app.pins import FILE, Pins
 from store.base import GcReport, VerifyReport
 from store.config import StoreConfig
 from store.memory import MemoryStore
+from store.ssd import SsdStore
 from tests.app.conftest import DOCUMENTS, Kit, OpenKit
 
 
@@ -102,10 +105,15 @@ class TestLooking:
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "after"
 
-    async def test_a_chunk_that_shares_the_entry_of_another_is_found_too(self, kit: Kit) -> None:
+    async def test_a_chunk_that_shares_the_entry_of_another_is_found_too(
+        self, kit: Kit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         await kit.ingest([DOCUMENTS[0] | {"id": "twin"}], collection="other")  # the same text: the same addresses
         assert len(await chunks(kit)) == 5
         assert {c["file_id"] for c in await chunks(kit, collection="other")} == {"twin"}
+        monkeypatch.setattr("app.choose._ADDRESSED", 1)  # as if it were a very large collection
+        assert await chunks(kit, collection="other") == []
+        assert {c["file_id"] for c in await chunks(kit, collection="default")} == {"doc-mara", "doc-otto"}
         await post(kit, "pin", file_ids=["twin"])
         assert (await post(kit, "evict", all=True))["kept"] == 2
         assert (await post(kit, "unpin", file_ids=["doc-mara"]))["kept"] == 2
@@ -177,6 +185,17 @@ class TestPinning:
         assert (await post(kit, "unpin", collections=["default"]))["changed"] == 4
         pins = (await summary(kit))["pins"]
         assert pins == {"all": False, "collections": [], "files": [], "chunk_ids": []}
+
+    async def test_what_was_deleted_is_not_pinned_when_its_name_comes_back(self, kit: Kit) -> None:
+        kit.service.retriever.create_collection("other")
+        await kit.ingest([{"id": "new", "text": "Runa Holt was a glazier in Norhaven."}], collection="other")
+        await post(kit, "pin", collections=["other"])
+        await post(kit, "pin", file_ids=["doc-otto"])
+        kit.service.retriever.delete_collection("other")
+        kit.service.retriever.delete_document("doc-otto")
+        assert (await post(kit, "unpin", 404, collections=["other"]))["error"]["code"] == "collection_not_found"
+        pins = (await summary(kit))["pins"]
+        assert (pins["collections"], pins["files"]) == ([], [])
 
     async def test_all_is_all_but_the_prefix(self, kit: Kit) -> None:
         assert (await post(kit, "pin", all=True))["changed"] == 4
@@ -375,6 +394,27 @@ class TestUpkeep:
             await asyncio.sleep(0.01)
         assert (await summary(kit))["upkeep"]["verify"]["checked"] == 7
         assert (await post(kit, "gc"))["evicted"] == 4
+
+    async def test_a_stopping_service_does_not_wait_for_a_long_verification(
+        self, open_kit: OpenKit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kit = await open_kit(store=SsdStore(StoreConfig(path=tmp_path / "kv")))
+        await kit.ingest()
+        store: Any = kit.engine.store
+        batches = store.batches
+
+        def endless() -> Any:
+            while True:
+                yield from batches()
+
+        store.batches = endless
+        assert (await kit.client.post("/cache/verify?wait=false", json={})).status_code == 202
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        await kit.service.close()
+        assert time.perf_counter() - begin < 5
+        assert kit.service.upkeep.view()["verify"]["error"] == "StoreError"
+        assert "verify failed" in caplog.text
 
 
 async def _damage(kit: Kit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,7 @@ class Trouble:
         if number in self.gone:
             return Miss(self.gone[number])
         found = self.store.find(want)
-        return found if isinstance(found, Miss) else Acting(found, self.acts.get(number, lambda *_: None))
+        return found if isinstance(found, Miss) or number not in self.acts else Acting(found, self.acts[number])
 
 
 def losing(at: int, reason: MissReason = "evicted") -> Act:
@@ -242,9 +243,9 @@ def test_the_time_is_told(scene: Scene) -> None:
     total = time.perf_counter() - begin
     assert stats.loaded_bytes == (CONTEXT - SIZES[MISSING]) * scene.weights.layout.token_bytes
     assert LAYERS * 0.05 < stats.wait_s < stats.wait_s + stats.blend_s < total
-    assert LAYERS * 0.05 < stats.load_s < total
+    assert LAYERS * 0.05 < stats.load_s <= stats.wait_s  # nobody else reads
     tiers = [c.tier for c in stats.chunks]
-    assert tiers == [None if i == MISSING else "ssd" for i in range(len(SIZES))]
+    assert tiers == [None if i == MISSING else "ssd" if i == 4 else "ram" for i in range(len(SIZES))]
 
 
 # Lost ----------------------------------------------------------------------------------------------------------------
@@ -258,9 +259,11 @@ def test_a_chunk_lost_at_any_layer_was_never_there(
     scene: Scene, spec: str, at: int, lost: int, computed: int, threads: int
 ) -> None:
     """To the bit: the same rows are chosen, from the same KV, whatever was selected and computed with it before."""
-    expected = run(scene, Trouble(scene.store, {}, {lost: "evicted"}), spec, computed=computed, poison=3.0)
+    ratio = 0.1 if computed > 10 else 0.25  # fewer rows than may be chosen
+    gone = Trouble(scene.store, {}, {lost: "evicted"})
+    expected = run(scene, gone, spec, computed=computed, ratio=ratio, poison=3.0)
     loader = Loader(Reading(threads), keep_bytes=1 << 20)
-    got = run(scene, Trouble(scene.store, {lost: losing(at)}), spec, loader, computed=computed)
+    got = run(scene, Trouble(scene.store, {lost: losing(at)}), spec, loader, computed=computed, ratio=ratio)
     assert got.same(expected)
     for field in ("tokens", "reused", "recomputed", "missing", "chunks", "selector"):
         assert getattr(got.stats, field) == getattr(expected.stats, field)
@@ -380,6 +383,20 @@ def test_a_request_that_fails_leaves_no_reader_behind(scene: Scene) -> None:
     time.sleep(0.03)
     assert torch.equal(before, memory)
     loader.close()
+
+
+def test_readers_leave_the_core_that_openmp_has_bound_the_caller_to(scene: Scene) -> None:
+    everywhere = os.sched_getaffinity(0)
+    seen: list[set[int]] = []
+    acts: dict[int, Act] = {1: lambda layer, k, v: seen.append(os.sched_getaffinity(0))}
+    try:
+        os.sched_setaffinity(0, {min(everywhere)})
+        loader = Loader.start(threads=2, timeout_s=LONG_S, cores=range(os.cpu_count() or 1))
+        run(scene, Trouble(scene.store, acts), "none", loader)
+        loader.close()
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    assert seen == [everywhere] * LAYERS
 
 
 def test_requests_in_inference_mode_and_outside_share_memory(scene: Scene) -> None:

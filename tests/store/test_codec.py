@@ -74,6 +74,17 @@ def test_the_error_is_what_the_codec_is_for(name: str, limit: float) -> None:
         assert limit / 4 < relative_error(got, x) < limit
 
 
+@pytest.mark.parametrize(
+    ("name", "limit"), [("int8", 0.012), ("int4", 0.12), ("entropy", 0.08), ("entropy-coarse", 0.16)]
+)
+def test_a_large_offset_of_a_channel_costs_no_resolution(name: str, limit: float) -> None:
+    # Models with a bias in their keys (Qwen2) have channels whose mean is a hundred times their spread.
+    k, v = keys_and_values(256, 4, 64, torch.float32)
+    far = k - k.mean(0) + 300 * torch.linspace(-1, 1, 256).view(1, 4, 64)
+    got, _ = round_trip(name, far, v)
+    assert relative_error(got, far) < limit
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_an_empty_chunk_is_empty(name: str) -> None:
     k = torch.empty(0, 2, 8)
@@ -225,13 +236,14 @@ def test_no_value_is_further_off_than_half_a_step(
         subnormal = x.abs().amax((0, 2), keepdim=True) / 448 * 2**-10
         assert bool(((got - x).abs() <= x.abs() * 2**-4 * 1.001 + subnormal + rounding).all())
 
-    got_k, got_v = round_trip("entropy", k, v)
-    for got, x in ((got_k, k), (got_v, v)):
-        middle = x.mean(0, keepdim=True)
-        far = ((x - middle).abs().amax(0, keepdim=True) + middle.abs() / 256) / 127
-        spread = (x - middle).square().mean(0, keepdim=True).sqrt()
-        widest = torch.maximum(far, 0.5 * spread.amax(2, keepdim=True) + middle.abs() / 256)
-        assert bool(((got - x).abs() <= widest / 2 * (1 + 2**-6) + rounding).all())
+    for name, steps in (("entropy", 0.25), ("entropy-coarse", 0.5)):
+        got_k, got_v = round_trip(name, k, v)
+        for got, x in ((got_k, k), (got_v, v)):
+            middle = x.mean(0, keepdim=True)
+            far = ((x - middle).abs().amax(0, keepdim=True) + middle.abs() / 256) / 127
+            spread = (x - middle).square().mean(0, keepdim=True).sqrt()
+            widest = torch.maximum(far, steps * spread.amax(2, keepdim=True))
+            assert bool(((got - x).abs() <= widest / 2 * (1 + 2**-7) + rounding).all())
 
 
 @given(codes=st.lists(st.integers(0, 255), min_size=8, max_size=8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,44 @@ def test_a_file_of_nobody_is_removed_by_a_writer_only(tmp_path: Path, get: Get, 
     assert not orphan.exists()
     assert (path / "segments" / "notes.txt").exists()
     assert all(same(get(store, chunk), chunk) for chunk in CHUNKS[:10])
+    store.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_what_was_put_anew_while_it_was_read_is_not_overtaken(
+    tmp_path: Path, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """Deleted, or deleted and put again, in another codec perhaps, between its reading and its moving."""
+    config = StoreConfig(path=tmp_path / "kv", segment_bytes=SEGMENT)
+    store = SsdStore(config, files=NoHoles())
+    store.put_many(CHUNKS[:9])
+    for chunk in CHUNKS[4:8]:
+        store.delete(chunk.key)
+    read = collecting._read
+
+    def meanwhile(*arguments: Any) -> Any:
+        copies = read(*arguments)
+        monkeypatch.setattr(collecting, "_read", read)
+        store.delete(CHUNKS[0].key)
+        store.delete(CHUNKS[1].key)
+        store.config = replace(config, codec=codec)
+        store.put(CHUNKS[1])
+        return copies
+
+    monkeypatch.setattr(collecting, "_read", meanwhile)
+    generation = store.generation(CHUNKS[1].key)
+    store.gc(full=True)
+    assert isinstance(get(store, CHUNKS[0]), Miss)
+    entry = store.entry(CHUNKS[1].key)
+    assert entry is not None
+    assert entry.codec == codec
+    assert store.generation(CHUNKS[1].key) != generation
+    assert same(get(store, CHUNKS[1]), CHUNKS[1]) == (codec == "raw")
+    assert all(same(get(store, chunk), chunk) for chunk in (*CHUNKS[2:4], CHUNKS[8]))
+    assert store.verify().bad == ()
+    assert sum(extent.live for extent in segments(store).values()) == sum(
+        -(-(entry.bytes + 4096) // 4096) * 4096 for entry in store.entries()
+    )
     store.close()
 
 

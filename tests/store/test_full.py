@@ -125,6 +125,18 @@ def test_a_newcomer_nobody_asked_for_does_not_replace_what_is_used(
     store.close()
 
 
+def test_the_codec_auto_packs_closer_as_room_runs_out(tmp_path: Path, make_with: Any) -> None:
+    maker = make_with(tokens=256)
+    store = SsdStore(StoreConfig(path=tmp_path / "kv", max_bytes=LIMIT, codec="auto"))
+    store.put_many([maker(n) for n in range(5)])
+    assert {entry.codec for entry in store.entries()} == {"raw"}
+    for n in range(5, 80):
+        store.put(maker(n))
+    assert "raw" not in {entry.codec for entry in store.entries() if entry.bytes < entry.raw_bytes // 2} != set()
+    assert store.stats().raw_bytes > LIMIT
+    store.close()
+
+
 def test_the_pinned_are_never_evicted_and_can_fill_a_store(
     tmp_path: Path, make_with: Any, get: Get, same: Same
 ) -> None:

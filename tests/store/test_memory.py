@@ -246,6 +246,17 @@ def test_the_check_covers_every_block_of_a_long_plane() -> None:
     assert len(dropped) == 8
 
 
+def test_a_tensor_elsewhere_is_refused_and_the_entry_stays(make: Make, get: Get, same: Same) -> None:
+    store, chunk = MemoryStore(), make(1)
+    store.put(chunk)
+    found = store.find(want(chunk))
+    assert not isinstance(found, Miss)
+    elsewhere = torch.empty(chunk.k.shape[1:], device="meta")
+    with pytest.raises(ValueError, match="meta"):
+        found.read(0, elsewhere, elsewhere)
+    assert same(get(store, chunk), chunk)
+
+
 def test_an_encoded_entry_goes_in_and_out_as_it_is(make: Make, get: Get, same: Same) -> None:
     one, other, chunk = MemoryStore(), MemoryStore(), make(1)
     one.put(chunk)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,19 @@ import pytest
 from store import ChunkKV, KVStore, Miss, StoreConfig
 from store.ssd import SsdStore
 from store.ssd.files import Files
-from tests.store.lives import SEGMENT_BYTES
+from tests.store.lives import SEGMENT_BYTES, quick_folder
 from tests.store.test_faults import CHUNKS, Run
 
 Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
 Same = Callable[[object, ChunkKV], bool]
 
 BLOCK = 4096
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with quick_folder(tmp_path) as path:
+        yield path
 
 
 class PowerCut(BaseException):
@@ -128,13 +134,13 @@ def run_until_cut(path: Path, files: VolatileFiles) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("punches", [True, False])
-def test_power_fails_at_each_call(tmp_path: Path, get: Get, same: Same, punches: bool) -> None:
+def test_power_fails_at_each_call(folder: Path, get: Get, same: Same, punches: bool) -> None:
     sound = VolatileFiles(None, punches=punches)
-    run_until_cut(tmp_path / "sound", sound)
+    run_until_cut(folder / "sound", sound)
     assert sound.made > 60
     rng = random.Random(4)
     for i in range(sound.made):
-        path, copy = tmp_path / f"kv-{i}", tmp_path / f"copy-{i}"
+        path, copy = folder / f"kv-{i}", folder / f"copy-{i}"
         files = VolatileFiles(i, punches=punches)
         run = run_until_cut(path, files)
         assert files.off
@@ -145,16 +151,18 @@ def test_power_fails_at_each_call(tmp_path: Path, get: Get, same: Same, punches:
         if run.store is not None:
             files.off, files.cut_at = False, None
             run.store.close()
+        for used in (path, copy):
+            shutil.rmtree(used, ignore_errors=True)
 
 
 @pytest.mark.parametrize("punches", [True, False])
-def test_power_fails_and_the_index_is_lost_too(tmp_path: Path, get: Get, same: Same, punches: bool) -> None:
+def test_power_fails_and_the_index_is_lost_too(folder: Path, get: Get, same: Same, punches: bool) -> None:
     """What was synced to the segments is found by the scan, and what was deleted is not."""
     sound = VolatileFiles(None, punches=punches)
-    run_until_cut(tmp_path / "sound", sound)
+    run_until_cut(folder / "sound", sound)
     rng = random.Random(6)
     for i in range(2, sound.made, 3):
-        path, copy = tmp_path / f"kv-{i}", tmp_path / f"copy-{i}"
+        path, copy = folder / f"kv-{i}", folder / f"copy-{i}"
         files = VolatileFiles(i, punches=punches)
         run = run_until_cut(path, files)
         if not (path / "segments").exists():
@@ -173,3 +181,5 @@ def test_power_fails_and_the_index_is_lost_too(tmp_path: Path, get: Get, same: S
         if run.store is not None:
             files.off, files.cut_at = False, None
             run.store.close()
+        for used in (path, copy):
+            shutil.rmtree(used, ignore_errors=True)

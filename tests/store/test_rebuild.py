@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from store import ChunkKV, KVStore, Miss, StoreConfig, StoreError, StoreFormatError
+from store import ChunkKV, KVStore, Miss, StoreConfig, StoreError, StoreFormatError, StoreIOError
 from store.ssd import SsdStore, put_aside
 from store.ssd import rebuild as rebuilding
+from store.ssd.database import DamagedError
 from store.ssd.files import Files
 from store.ssd.record import BLOCK, make_head
 from tests.store.conftest import Make
@@ -99,6 +100,7 @@ def test_a_lost_index_is_rebuilt_at_the_next_open(
     damage(path)
     store = opened(path)
     check(store, get, same)
+    assert store._parts.db.read(store._parts.index.complete)
     # It is a store like any other: nothing is used twice, all can be changed.
     store.put_many(CHUNKS)
     assert all(same(get(store, chunk), chunk) for chunk in CHUNKS)
@@ -167,6 +169,26 @@ def test_an_index_in_use_is_not_put_aside(path: Path) -> None:
         other.stdin.close()
         assert other.wait(30) == 0
     assert put_aside(path) is not None
+
+
+def test_a_repair_that_another_process_is_in_the_way_of_leaves_the_store_open(
+    path: Path, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*arguments: Any, **options: Any) -> Any:
+        raise DamagedError("a page is damaged")
+
+    store = opened(path)
+    monkeypatch.setattr("store.ssd.store.verify", damaged)
+
+    def in_use(*arguments: Any) -> None:
+        raise StoreError(f"{path} is in use by another process")
+
+    monkeypatch.setattr("store.ssd.store.put_aside", in_use)
+    with pytest.raises(StoreError, match="in use"):
+        store.verify(repair=True)
+    monkeypatch.undo()
+    check(store, get, same)
+    store.close()
 
 
 def test_the_last_of_several_records_of_a_key_wins(path: Path, get: Get, same: Same) -> None:
@@ -279,6 +301,41 @@ def test_a_rebuild_that_is_killed_begins_again(
     store.close()
 
 
+def in_another_process(path: Path, line: str) -> None:
+    code = f"""
+        from pathlib import Path
+        from store import KVKey, StoreConfig
+        from store.ssd import SsdStore
+        store = SsdStore(StoreConfig(path=Path({str(path)!r}), segment_bytes={SEGMENT}))
+        {line}
+        store.close()
+    """
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, check=True, timeout=60)
+
+
+def test_a_slower_rebuild_brings_nothing_back(
+    path: Path, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has finished and deleted an entry since this one read its record."""
+    remove(path)
+    enter, begun = rebuilding._enter, False
+
+    def meanwhile(*arguments: Any) -> bool:
+        nonlocal begun
+        if not begun:
+            begun = True
+            in_another_process(path, f"assert store.delete(KVKey.from_hex({CHUNKS[0].key.hex!r}))")
+        return enter(*arguments)
+
+    monkeypatch.setattr(rebuilding, "_enter", meanwhile)
+    store = opened(path)
+    assert begun
+    assert not store.contains(CHUNKS[0].key)
+    check(store, get, same, lost={0})
+    store.close()
+
+
 def test_two_processes_that_find_no_index_agree(path: Path, get: Get, same: Same) -> None:
     remove(path)
     code = f"""
@@ -310,36 +367,37 @@ class KilledAfterSync(Files):
             raise Killed
 
 
-def written_in_vain(path: Path, *chunks: ChunkKV) -> None:
-    """Sound records of these above the tail, of a put that was killed."""
-    files = KilledAfterSync()
+def goes_on(store: SsdStore, files: KilledAfterSync, reopen: bool) -> SsdStore:
+    """Who writes next: a process that is started anew, or another one that has the store open all the while (this one:
+    nothing in it knows of the death)."""
+    files.armed = False
+    if not reopen:
+        return store
+    store.close()
+    return opened(store.path)
+
+
+LARGE = Make(tokens=2600)(500)  # nearly fills a segment of its own
+
+
+@pytest.mark.parametrize("reopen", [True, False])
+@pytest.mark.parametrize("then", ["overwritten", "sealed"])
+def test_what_a_killed_put_left_behind_does_not_outlive_a_delete(
+    tmp_path: Path, get: Get, then: str, reopen: bool
+) -> None:
+    """It is sound and in no index: a scan would find it, after the same entry was put, and deleted, elsewhere."""
+    path, chunk, files = tmp_path / "kv", CHUNKS[0], KilledAfterSync()
     store = SsdStore(StoreConfig(path=path, segment_bytes=SEGMENT), files=files)
+    store.put(CHUNKS[8])
     files.armed = True
     with pytest.raises(Killed):
-        store.put_many(list(chunks))
-    files.armed = False
-    store.close()
-
-
-LARGE = Make(tokens=2000)(500)  # nearly fills a segment
-
-
-@pytest.mark.parametrize("then", ["overwritten", "sealed", "left"])
-def test_what_a_killed_put_left_behind_does_not_outlive_a_delete(tmp_path: Path, get: Get, then: str) -> None:
-    """It is sound and in no index: a scan would find it, after the same entry was put, and deleted, elsewhere."""
-    path, chunk = tmp_path / "kv", CHUNKS[0]
-    store = opened(path)
-    store.put(CHUNKS[8])
-    store.close()
-    written_in_vain(path, *CHUNKS[1:7], chunk)
-    store = opened(path)
+        store.put_many([*CHUNKS[1:7], chunk])
+    store = goes_on(store, files, reopen)
     if then == "overwritten":  # the first of the seven records; then the segment is sealed
         store.put(chunk)
         store.put(LARGE)
-    elif then == "sealed":
-        store.put(LARGE)
-        store.put(chunk)
     else:
+        store.put(LARGE)
         store.put(chunk)
     assert store.delete(chunk.key)
     store.close()
@@ -349,24 +407,20 @@ def test_what_a_killed_put_left_behind_does_not_outlive_a_delete(tmp_path: Path,
     store.close()
 
 
+@pytest.mark.parametrize("reopen", [True, False])
 @pytest.mark.parametrize("then", ["delete", "collect"])
 def test_what_a_killed_collection_copied_does_not_outlive_a_delete(
-    tmp_path: Path, get: Get, same: Same, then: str
+    tmp_path: Path, get: Get, same: Same, then: str, reopen: bool
 ) -> None:
-    path = tmp_path / "kv"
-    store = opened(path)
+    path, files = tmp_path / "kv", KilledAfterSync()
+    store = SsdStore(StoreConfig(path=path, segment_bytes=SEGMENT), files=files)
     store.put_many(CHUNKS[:9])  # the ninth is in a second segment
     for chunk in CHUNKS[1:8]:
         store.delete(chunk.key)
-    store.close()
-    files = KilledAfterSync()
-    store = SsdStore(StoreConfig(path=path, segment_bytes=SEGMENT), files=files)
     files.armed = True
     with pytest.raises(Killed):
         store.gc()
-    files.armed = False
-    store.close()
-    store = opened(path)
+    store = goes_on(store, files, reopen)
     if then == "collect":
         store.delete(CHUNKS[8].key)
         store.gc(full=True)
@@ -376,6 +430,42 @@ def test_what_a_killed_collection_copied_does_not_outlive_a_delete(
     remove(path)
     store = opened(path)
     assert isinstance(get(store, CHUNKS[0]), Miss)
+    store.close()
+
+
+class FailsTwice(Files):
+    """A sync fails, and what was written cannot be cut off again."""
+
+    armed = False
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        if self.armed:
+            raise OSError(5, "Input/output error")
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        if self.armed:
+            raise OSError(5, "Input/output error")
+        super().truncate(descriptor, size)
+
+
+def test_what_could_not_be_cut_off_at_once_is_at_the_next_open(tmp_path: Path, get: Get) -> None:
+    """Its segment is sealed, so that no later append would come across it."""
+    path, chunk, files = tmp_path / "kv", CHUNKS[0], FailsTwice()
+    store = SsdStore(StoreConfig(path=path, segment_bytes=SEGMENT), files=files)
+    store.put(CHUNKS[8])
+    files.armed = True
+    with pytest.raises(StoreIOError):
+        store.put_many([*CHUNKS[1:7], chunk])
+    files.armed = False
+    store.put(chunk)
+    store.close()
+    store = opened(path)
+    assert store.delete(chunk.key)
+    store.close()
+    remove(path)
+    store = opened(path)
+    assert [isinstance(get(store, c), Miss) for c in (chunk, CHUNKS[8])] == [True, False]
     store.close()
 
 

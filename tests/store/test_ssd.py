@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import multiprocessing
 import os
 import random
@@ -519,3 +521,68 @@ def test_what_a_crash_left_above_the_tail_is_cut_before_a_delete_and_a_put(tmp_p
         write()
         assert segment.stat().st_size in (tail, 2 * tail)
     store.close()
+
+
+def test_files_of_which_little_is_left_do_not_pile_up(
+    tmp_path: Path, make_with: Any, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holes take no room, but every file has a name: of forty, most are merged when little is left in each."""
+    monkeypatch.setattr("store.ssd.room._FEW_FILES", 4)
+    maker = make_with(tokens=100)  # 8 records per segment
+    store = SsdStore(StoreConfig(path=tmp_path / "kv", segment_bytes=360 << 10))
+    kept: list[ChunkKV] = []
+    for start in range(0, 320, 8):
+        group = [maker(n) for n in range(start, start + 8)]
+        store.put_many(group)
+        kept += group[:1] if start < 160 else []
+        for chunk in group[1:] if start < 160 else group:
+            store.delete(chunk.key)
+    assert all(same(get(store, chunk), chunk) for chunk in kept)
+    assert len(list((tmp_path / "kv" / "segments").iterdir())) <= 14
+    assert store.verify().bad == ()
+    store.close()
+
+
+def test_a_prefetch_brings_all_of_an_entry_into_the_page_cache(
+    tmp_path: Path, make_with: Any, want: Callable[[ChunkKV], Want]
+) -> None:
+    """In one call the kernel reads no more than its window ahead; what is advised must be there to its last byte."""
+    chunk = make_with(tokens=60_000)(1)  # 23 MB
+    store = SsdStore(StoreConfig(path=tmp_path / "kv"))
+    store.put(chunk)
+    segment = tmp_path / "kv" / "segments" / "00000001.seg"
+    for fetch in ("prefetch", "advise"):
+        with segment.open("rb") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached_share(segment) > 0.1:
+            store.close()
+            pytest.skip("the file system keeps what it was told to drop")
+        if fetch == "prefetch":
+            assert store.prefetch([chunk.key]) == 1
+        else:
+            found = store.find(want(chunk))
+            assert not isinstance(found, Miss)
+            found.advise()
+        deadline = time.monotonic() + 20
+        while cached_share(segment) < 0.98 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert cached_share(segment) >= 0.98  # all but its header, which the index has
+    store.close()
+
+
+def cached_share(path: Path) -> float:
+    """How much of a file is in the page cache, by mincore(2)."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as m,
+    ):
+        first = ctypes.c_char.from_buffer(m)
+        there = (ctypes.c_ubyte * pages)()
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), there)
+        del first
+    assert not failed
+    return sum(page & 1 for page in there) / pages

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +23,13 @@ from store.errors import CorruptEntryError
 from store.held import Held
 from store.memory import MemoryStore
 from store.remote import RemoteError, pack, unpack
+from store.ssd import SsdStore
 from store.tiered import TieredStore
 
 Make = Callable[[int], ChunkKV]
 Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
 Same = Callable[[object, ChunkKV], bool]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Below(MemoryStore):
@@ -206,6 +211,20 @@ def test_collection_lets_go_of_copies_of_what_is_gone(tiers: TieredStore, below:
     assert len(tiers._ram.held) == 4
     tiers.gc()
     assert set(tiers._ram.held) == {make(n).key for n in (1, 2, 3)}
+
+
+def test_copies_of_what_is_gone_do_not_stay_for_long(
+    tiers: TieredStore, below: Below, make: Make, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        tiers.put(make(n))
+        read(tiers, get, make(n))
+    below.delete(make(0).key)
+    read(tiers, get, make(1))
+    assert make(0).key in tiers._ram.held
+    monkeypatch.setattr("store.promote.SWEEP_S", 0.0)
+    read(tiers, get, make(1))
+    assert set(tiers._ram.held) == {make(1).key, make(2).key}
 
 
 @pytest.mark.parametrize("when", ["before it is read", "while it is read", "after it is read"])
@@ -461,6 +480,37 @@ def test_threads_read_put_and_delete_through_both_tiers(
     assert not wrong and tiers.verify().bad == ()
     assert set(tiers._ram.held) <= {entry.key for entry in below.entries()}
     assert tiers._ram.bytes == sum(held.size for held in tiers._ram.held.values()) <= 6 * size_of(chunks[0])
+
+
+def test_another_process_deletes_evicts_and_writes_anew_under_a_warm_memory(
+    tmp_path: Path, make: Make, get: Get, same: Same
+) -> None:
+    """Over the real SSD tier: what the process with the memory serves is what is on the disk at that moment."""
+    config = StoreConfig(path=tmp_path / "kv", ram_bytes=1 << 24)
+    tiers = TieredStore(config, SsdStore(config))
+    chunks = [make(n) for n in range(6)]
+    tiers.put_many(chunks)
+    assert tiers.warm(chunk.key for chunk in chunks) == 6
+    assert {tier_of(tiers, chunk) for chunk in chunks} == {"ram"}
+    code = """
+import sys
+from pathlib import Path
+from store import KVKey, StoreConfig
+from store.ssd import SsdStore
+store = SsdStore(StoreConfig(path=Path(sys.argv[1])))
+deleted, evicted, anew = (KVKey.from_hex(text) for text in sys.argv[2:])
+assert store.delete(deleted) and store.delete(evicted, evicted=True)
+entry = store.read_encoded(anew)
+assert store.delete(anew) and store.put_encoded([entry])
+store.close()
+"""
+    arguments = [str(tmp_path / "kv"), *(chunk.key.hex for chunk in chunks[:3])]
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, timeout=120)
+    assert get(tiers, chunks[0]) == Miss("never_precomputed") and get(tiers, chunks[1]) == Miss("evicted")
+    assert tier_of(tiers, chunks[2]) == "ssd" and same(get(tiers, chunks[2]), chunks[2])
+    assert all(tier_of(tiers, chunk) == "ram" and same(get(tiers, chunk), chunk) for chunk in chunks[3:])
+    assert tiers.verify().bad == ()
+    tiers.close()
 
 
 def test_a_remote_tier_serves_what_is_not_here_and_keeps_it_here(
