@@ -114,10 +114,11 @@ class StoreSettings(_Part):
     """The KV store. ``max_gib``: of disk; at it the least valuable entries go (``None``: until the device is full).
 
     ``ram_gib``: memory in front of the disk, in the process that blends. ``codec``: how new entries are written, by
-    name or ``auto`` (by what each is worth); ``ram_codec`` the same in memory (``same``: as on disk). ``policy``:
-    ``gdsf``, ``lru``, or ``none`` (a full store refuses). ``admission``: a full store refuses what is worth less than
-    what would have to go. ``ttl_hours``: entries unused for so long expire. ``shares``: the part of ``max_gib`` a
-    tenant may hold when others want room. ``load_timeout_s``: a chunk that takes longer to load is computed instead
+    name or ``auto`` (by what each is worth, at ``saved_s_per_token`` seconds of prefill that a use saves);
+    ``ram_codec``: another for the copies in memory (``same``: as on disk). ``policy``: ``gdsf``, ``lru``, or ``none``
+    (a full store refuses). ``admission``: a full store refuses what is worth less than what would have to go.
+    ``ttl_hours``: entries unused for so long expire. ``shares``: the part of ``max_gib`` a tenant may hold when others
+    want room. ``load_timeout_s``: a chunk that takes longer to load is computed instead
     (0: never). ``load_threads``: threads that read ahead. ``prefetch``: fetch retrieved chunks from disk before the
     engine's turn.
     """
@@ -126,6 +127,7 @@ class StoreSettings(_Part):
     ram_gib: float = Field(1.0, ge=0)
     codec: str = "raw"
     ram_codec: str = "same"
+    saved_s_per_token: float = Field(1e-4, ge=0)
     policy: Literal["gdsf", "lru", "none"] = "gdsf"
     admission: bool = True
     ttl_hours: float | None = Field(None, gt=0)
@@ -201,6 +203,7 @@ class Settings(BaseSettings):
             ram_bytes=int(store.ram_gib * 2**30),
             codec=store.codec,
             ram_codec=store.ram_codec,
+            saved_s_per_token=store.saved_s_per_token,
             policy=store.policy,
             admission=store.admission,
             ttl_s=None if store.ttl_hours is None else store.ttl_hours * 3600,

@@ -32,6 +32,7 @@ from blend.types import (
     TokenLogprob,
 )
 from store.base import KVStore, Miss, StoreStats
+from store.check import read_whole
 from store.types import ChunkKV, KVKey, KVLayout, Want
 
 LAYOUT = KVLayout(model="trivial-1", layers=1, heads=1, head_dim=2, dtype="float32", rope="none")
@@ -170,14 +171,16 @@ class TrivialEngine:
         for s in prompt.segments[:-1]:
             ids = prompt.token_ids[s.start : s.stop]
             assert s.key is not None
-            found = self.store.get(Want(s.key, LAYOUT, ids, s.source, TOKENIZER))
+            want = Want(s.key, LAYOUT, ids, s.source, TOKENIZER)
+            found = self.store.find(want)
             if isinstance(found, Miss):
                 chunks.append(ChunkStats(s.name, s.tokens, 0, 0, s.tokens, miss_reason=found.reason))
                 continue
-            if not torch.equal(found.k, _kv(ids, found.k_position)[0]):
+            chunk = read_whole(found, want)
+            if not torch.equal(chunk.k, _kv(ids, chunk.k_position)[0]):
                 raise EngineError(f"the store served foreign KV for segment {s.name}")
             again = round(ratio * s.tokens)
-            chunks.append(ChunkStats(s.name, s.tokens, s.tokens - again, again, 0, tier=self.store.tier))
+            chunks.append(ChunkStats(s.name, s.tokens, s.tokens - again, again, 0, tier=found.tier))
         reused, tokens = sum(c.reused for c in chunks), prompt.context_tokens
         return BlendStats(
             mode=mode,

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from store.errors import StoreError
+from store.threads import roam
 from store.types import ChunkKV, KVKey
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Behind:
         self._bytes = 0
         self._closed = False
         # The interpreter waits for an executor's threads when it ends: what is queued is written even then.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store-behind")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store-behind", initializer=roam)
 
     @property
     def waiting_bytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from store.codec import open_codec
+from store.codec import CODECS
 
 MIN_BYTES = 4 << 20
 
@@ -18,9 +18,9 @@ class StoreConfig:
 
     ``max_bytes`` limits the disk (or the memory store): at it the least valuable entries are evicted, by ``policy``
     (``gdsf`` or ``lru``; ``none``: nothing is, a put raises ``StoreFullError``). ``codec``: what new entries are
-    written in, ``auto``: chosen for each by what it is worth. ``ram_codec``: the same for the memory in front of the
-    disk; ``same`` keeps the disk's bytes. ``ttl_s``: entries unused for so long expire. ``shares``: part of the
-    limit that an owner may hold when others want room (0..1; default: all). ``admission``: when full, refuse
+    written in, ``auto``: chosen for each by what it is worth. ``ram_codec``: what copies in the memory in front of the
+    disk are held in; ``same`` keeps the disk's bytes. ``ttl_s``: entries unused for so long expire. ``shares``: part of
+    the limit that an owner may hold when others want room (0..1; default: all). ``admission``: when full, refuse
     what is worth less than what would have to go. ``behind_bytes``: the most that waits to be written.
     ``segment_bytes``: size of a segment file (default: by ``max_bytes``). ``saved_s_per_token``: seconds of
     prefill that a use saves per token, which ``auto`` weighs (default: of a model of some billion parameters on a GPU).
@@ -50,11 +50,9 @@ class StoreConfig:
             raise ValueError(f"ram_bytes must not be negative, not {self.ram_bytes}")
         if self.policy not in ("gdsf", "lru", "none"):
             raise ValueError(f"policy {self.policy!r} is unknown; choose one of gdsf, lru, none")
-        for name in (self.codec, self.ram_codec):
-            if name not in ("auto", "same"):
-                open_codec(name)
-        if self.codec == "same":
-            raise ValueError("codec 'same' is for ram_codec; choose a codec or auto")
+        for name, other in ((self.codec, "auto"), (self.ram_codec, "same")):
+            if name not in (*CODECS, other):
+                raise ValueError(f"codec {name!r} is unknown; choose one of {', '.join((*CODECS, other))}")
         if self.ttl_s is not None and self.ttl_s <= 0:
             raise ValueError(f"ttl_s must be positive, not {self.ttl_s}")
         if self.saved_s_per_token < 0:

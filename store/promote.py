@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +15,13 @@ from store.entry import Header
 from store.errors import CorruptEntryError, LostError, StoreError, StoreFullError
 from store.held import Held
 from store.ram import Ram
+from store.threads import yield_to_others
 from store.types import KVKey
 
 log = logging.getLogger(__name__)
 
 MOST_QUEUED = 1024
 SWEEP_S = 30.0
-NICE = 10
 
 
 class Below(KVStore, Protocol):
@@ -61,8 +59,7 @@ class Promoter:
         self._queued: set[KVKey] = set()
         self._closed = False
         self._swept = time.monotonic()
-        # Its thread is nice: the request that has just read the entry is computing now.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store-promote", initializer=_be_nice)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store-promote", initializer=yield_to_others)
 
     def offer(self, header: Header) -> None:
         """The entry has been read from below: copy it if it is worth its room. Returns at once."""
@@ -99,7 +96,8 @@ class Promoter:
         if self._below.generation(key) != generation:
             self._ram.remove(key, only=new)
             return False
-        return self._ram.get(key) is new
+        held = self._ram.get(key)  # perhaps another thread's copy, which was faster
+        return held is not None and held.generation == generation
 
     def sweep(self) -> None:
         """Let go of copies of what other processes have deleted: they would not be served, but are not to stay either.
@@ -151,11 +149,6 @@ class Promoter:
         finally:
             with self._lock:
                 self._queued.discard(header.key)
-
-
-def _be_nice() -> None:
-    with contextlib.suppress(OSError):  # a kernel that does not let us: it works all the same
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _log_error(done: Future[None]) -> None:

@@ -123,6 +123,7 @@ class TieredStore(KVStore):
         return sum(self._ram.get(key) is not None for key in set(warmed))
 
     def cool(self, keys: Iterable[KVKey]) -> int:
+        self._promoter.flush()  # what has been read just now must not come up after it
         return sum(self._ram.remove(key) is not None for key in keys)
 
     def entries(self) -> Iterator[Entry]:

@@ -82,7 +82,7 @@ class Workbench:
 def store_folder(engine: Engine) -> Path:
     """The folder of ``engine``'s store on disk."""
     store: Any = engine.store
-    return Path(store.path)
+    return Path(store.config.path)
 
 
 def stored_bytes(model: str, settings: Settings, tokens: int) -> int:

@@ -20,10 +20,10 @@ CANDIDATES: tuple[Gdsf, ...] = (
     Gdsf(decay=0.2, recent=0.05),
 )
 
-_MOST = 256  # entries of a miniature; beyond it the sample is halved
+_MOST = 1024  # entries of a miniature; beyond it the sample is halved
 _ROUND = 500  # uses in the sample between two decisions
-_FADE = 0.8  # what a round counts for at the next decision
-_BETTER = 1.003  # times what the present policy saves
+_FADE = 0.9  # what a round counts for at the next decision
+_BETTER = 1.005  # times what the present policy saves
 
 
 class _Miniature:
@@ -57,8 +57,8 @@ class _Miniature:
 class Tuner:
     """``policy``: the candidate that would have saved most lately in a cache of ``limit`` bytes.
 
-    Candidates must keep the same ``Usage``: they change places at any time. Some 30 microseconds a call where all keys
-    are sampled, less by the square of how many times larger the cache is than a sample. Not thread-safe.
+    Candidates must keep the same ``Usage``: they change places at any time. A call takes 0.1 ms in a small cache where
+    most are missing, 2 microseconds in one of 20,000 entries. Not thread-safe.
     """
 
     def __init__(self, limit: int, *, low: float = 0.9, candidates: Sequence[Policy] = CANDIDATES) -> None:
@@ -102,9 +102,9 @@ class Tuner:
             miniature.saved *= _FADE
         if max(len(miniature.held) for miniature in self._miniatures) > _MOST:
             self._halve()
-        if len(self._seen) > 16 * _MOST:
+        if len(self._seen) > 8 * _MOST:
             held = set().union(*(miniature.held for miniature in self._miniatures))
-            stay = heapq.nlargest(8 * _MOST, self._seen.values(), key=lambda item: item.usage.last)
+            stay = heapq.nlargest(4 * _MOST, self._seen.values(), key=lambda item: item.usage.last)
             self._seen = {key: self._seen[key] for key in held} | {item.key: item for item in stay}
 
     def _halve(self) -> None:

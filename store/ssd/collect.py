@@ -23,7 +23,6 @@ from store.entry import Header, check_plane
 from store.errors import CorruptEntryError, StoreFullError, StoreIOError
 from store.ssd.append import Appender, Piece
 from store.ssd.database import Database, Txn
-from store.ssd.folder import free_bytes
 from store.ssd.index import Index
 from store.ssd.rows import Extent, Place, parse_place
 from store.ssd.segment import Segments
@@ -95,7 +94,7 @@ def collect(
     bad: list[KVKey] = []
     refused: list[int] = []
     for victim in victims:
-        if victim.need > _room(db):
+        if victim.need > db.spare_bytes():
             refused.append(victim.need)
             continue
         emptied = _empty(db, index, segments, appender, victim)
@@ -105,8 +104,8 @@ def collect(
         freed += _unlink(segments, victim.number) - emptied.bytes
     if refused and not removed:
         raise StoreFullError(
-            f"{db.path}: a collection needs {min(refused)} bytes for copies before it can free a segment, {_room(db)} "
-            "are free on the device; delete or evict entries, or make room"
+            f"{db.path}: a collection needs {min(refused)} bytes for copies before it can free a segment, there are "
+            f"{max(0, db.spare_bytes())} free beyond the reserve; delete or evict entries, or make room on the device"
         )
     return Collected(max(0, freed), moved, removed, tuple(bad))
 
@@ -295,8 +294,3 @@ def _unlink(segments: Segments, number: int) -> int:
     except OSError as error:
         log.warning("%s stays for now: %s", segments.path(number), error)
         return 0
-
-
-def _room(db: Database) -> int:
-    """Bytes of the device that copies may take."""
-    return max(0, free_bytes(db.path))

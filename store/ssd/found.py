@@ -133,13 +133,11 @@ class SsdFound:
             raise CorruptEntryError(f"plane {layer} has {header.sizes[layer]} bytes for {k.nbytes} and {v.nbytes}")
         at = spot.place.offset + spot.place.head + header.offsets[layer]
         segment, hasher = spot.segment, xxhash.xxh3_128()
-        # In pieces, each hashed while it is still in the cache; and not in more calls than need be.
-        pieces = [_memory(k), _memory(v)]
-        if k.nbytes > _PIECE:
-            pieces = [memory[start : start + _PIECE] for memory in pieces for start in range(0, len(memory), _PIECE)]
-        for pair in (pieces,) if len(pieces) == 2 else ([piece] for piece in pieces):
-            segment.read(pair, at)
-            for piece in pair:
+        # In pieces, each hashed while it is still in the cache: in one piece it comes a second time from memory.
+        for memory in (_memory(k), _memory(v)):
+            for start in range(0, len(memory), _PIECE):
+                piece = memory[start : start + _PIECE]
+                segment.fill(piece, at)
                 hasher.update(piece)
                 at += len(piece)
         if hasher.digest() != header.checksums[layer]:

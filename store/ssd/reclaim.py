@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Iterable
 
 from store.ssd.database import Txn
@@ -50,19 +51,17 @@ class Reclaimer:
                 freed += self.segments.remove(number)
             except OSError as error:
                 log.warning("could not remove %s: %s", self.segments.path(number), error)
+        by_segment: dict[int, list[Grave]] = defaultdict(list)
         for grave in graves:
-            if grave in self._done or grave.segment in empty:
-                continue
+            if grave not in self._done and grave.segment not in empty:
+                by_segment[grave.segment].append(grave)
+        for number, dead in by_segment.items():
             try:
-                punched = self._dig(grave)
+                freed += self._dig(number, dead)
             except FileNotFoundError:
-                continue
+                continue  # collected meanwhile
             except OSError as error:
-                log.warning("could not give back a record of %s: %s", self.segments.path(grave.segment), error)
-                continue
-            freed += grave.length if punched else 0
-            with self._lock:
-                self._done[grave] = punched
+                log.warning("could not give back records of %s: %s", self.segments.path(number), error)
         return freed
 
     def done(self) -> dict[Grave, bool]:
@@ -84,12 +83,17 @@ class Reclaimer:
             for grave in done:
                 self._done.pop(grave, None)
 
-    def _dig(self, grave: Grave) -> bool:
-        segment = self.segments.open(grave.segment)
-        # Also where the bytes are given back: a hole is not durable before the next sync.
-        segment.mark_dead(grave.offset)
-        if self.supported:
-            self.supported = segment.punch(grave.offset, grave.length)
-        if grave.deleted:
+    def _dig(self, number: int, graves: list[Grave]) -> int:
+        segment = self.segments.open(number)
+        punched: dict[Grave, bool] = {}
+        for grave in graves:
+            # Also where the bytes are given back: a hole is not durable before the next sync.
+            segment.mark_dead(grave.offset)
+            if self.supported:
+                self.supported = segment.punch(grave.offset, grave.length)
+            punched[grave] = self.supported
+        if any(grave.deleted for grave in graves):
             segment.sync()
-        return self.supported
+        with self._lock:
+            self._done.update(punched)
+        return sum(grave.length for grave, freed in punched.items() if freed)

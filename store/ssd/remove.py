@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from store.check import read_header
@@ -27,11 +27,12 @@ class _Gone(NamedTuple):
 _NOTHING = _Gone(False, [], [])
 
 
-def delete(parts: Parts, policy: Policy, key: KVKey, *, evicted: bool) -> bool:
-    """See ``KVStore.delete``. What is deleted and not only evicted is found by no scan of the segments afterwards."""
+def delete(parts: Parts, policy: Policy, keys: Sequence[KVKey], *, evicted: bool) -> int:
+    """See ``KVStore.delete``; how many were there. What is deleted and not only evicted is found by no scan of the
+    segments afterwards."""
     index = parts.index
 
-    def work(txn: Txn) -> _Gone:
+    def one(txn: Txn, key: KVKey) -> _Gone:
         if not evicted:
             index.pin(txn, key, pinned=False)
             index.forget(txn, key)
@@ -42,10 +43,14 @@ def delete(parts: Parts, policy: Policy, key: KVKey, *, evicted: bool) -> bool:
             usage = found[0].usage if found is not None else missed(policy, None, now=time.time())
             index.mourn(txn, key, usage, evicted=True)
         else:
-            parts.appender.trim(txn)
             _forget_source(parts, txn, key)
         index.count(txn, "evicted:asked" if evicted else "deleted")
         return _take(parts, txn, key, deleted=not evicted)
+
+    def work(txn: Txn) -> list[_Gone]:
+        if not evicted:
+            parts.appender.trim(txn)
+        return [one(txn, key) for key in keys]
 
     return _write(parts, work)
 
@@ -55,7 +60,7 @@ def drop(parts: Parts, key: KVKey, place: Place | None) -> bool:
     process may have put a good one since. True if it was taken out."""
     index = parts.index
 
-    def work(txn: Txn) -> _Gone:
+    def work(txn: Txn) -> list[_Gone]:
         sure = False
         try:
             now = index.place(txn, key)
@@ -63,25 +68,27 @@ def drop(parts: Parts, key: KVKey, place: Place | None) -> bool:
             pass
         else:
             if now is None or (now != place if place is not None else _readable(parts, now)):
-                return _NOTHING
+                return []
             sure = _is_its_own(parts, key, now)
         index.count(txn, "corrupt")
-        return _take(parts, txn, key, deleted=True, sure=sure)
+        return [_take(parts, txn, key, deleted=True, sure=sure)]
 
-    return _write(parts, work)
+    return bool(_write(parts, work))
 
 
-def _write(parts: Parts, work: Callable[[Txn], _Gone]) -> bool:
+def _write(parts: Parts, work: Callable[[Txn], list[_Gone]]) -> int:
+    """Commit what ``work`` takes out, then give its bytes back; how many entries were there."""
     done = parts.reclaimer.done()
 
-    def whole(txn: Txn) -> _Gone:
+    def whole(txn: Txn) -> list[_Gone]:
         parts.reclaimer.note(txn, done)
         return work(txn)
 
     gone = parts.db.write(whole, need=0)
     parts.reclaimer.noted(done)
-    parts.reclaimer.settle(gone.graves, gone.empty)
-    return gone.there
+    empty = {number for one in gone for number in one.empty}
+    parts.reclaimer.settle([grave for one in gone for grave in one.graves], empty)
+    return sum(one.there for one in gone)
 
 
 def _take(parts: Parts, txn: Txn, key: KVKey, *, deleted: bool, sure: bool = True) -> _Gone:

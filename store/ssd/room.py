@@ -86,18 +86,19 @@ class Room:
         return limit is None or self._db.file_bytes() - self._db.idle_bytes(txn) < limit // 4
 
     def short(self, txn: Txn, need: Need) -> int:
-        """Bytes by which ``need`` is too much for the limit. Raises ``StoreFullError`` if it is for the device."""
-        if need.segments > (spare := self._db.spare_bytes()):
-            raise StoreFullError(
-                f"{self._db.path}: no room on the device for {need.segments} bytes ({max(0, spare)} free beyond the "
-                "reserve); free some, or set max_bytes below what the device has"
-            )
-        limit = self.limit
+        """Bytes by which ``need`` is too much for the limit, or for the device. Without a limit nobody is evicted: then
+        ``StoreFullError`` is raised if the device is full."""
+        limit, spare = self.limit, max(0, self._db.spare_bytes())
         if limit is None:
+            if need.segments > spare:
+                raise StoreFullError(
+                    f"{self._db.path}: no room on the device for {need.segments} bytes ({spare} free beyond the "
+                    "reserve); free some, or set max_bytes, so that old entries make room for new ones"
+                )
             return 0
         # Pages freed by the last transactions can be used again only by later ones, hence twice.
         grows = 0 if 2 * need.rows <= self._db.idle_bytes(txn) else need.rows
-        return max(0, self.held(txn) + need.segments + grows - limit)
+        return max(0, self.held(txn) + need.segments + grows - limit, need.segments - spare)
 
     def outlook(self, key: KVKey, txn: Txn) -> tuple[float, float]:
         """What the choice of a codec for a newcomer goes by: uses to expect by what is remembered of it, and how scarce
@@ -163,8 +164,8 @@ class Room:
                 victims = [(key, reason) for key, reason in victims if reason == "expired"]
                 if not victims:
                     raise StoreFullError(
-                        f"{self._db.path} is full: {self._config.max_bytes} bytes, policy {self._config.policy}, and "
-                        f"what is pinned stays: no room can be made for {newcomer.bytes} bytes"
+                        f"{self._db.path} is full: at most {self._config.max_bytes} bytes, policy "
+                        f"{self._config.policy}, what is pinned stays: no room can be made for {newcomer.bytes} bytes"
                     )
             elif self._config.admission:
                 going = [items[key] for key, reason in victims if reason == "capacity"]
@@ -173,7 +174,8 @@ class Room:
             victims = [(key, reason) for key, reason in victims if reason == "expired"]
             index.count(txn, "refused")
             assert newcomer is not None
-            index.mourn(txn, newcomer.key, newcomer.usage, evicted=False)
+            before = index.grief(txn, newcomer.key)
+            index.mourn(txn, newcomer.key, newcomer.usage, evicted=before is not None and before.evicted)
         graves, touched = [], []
         for key, reason in victims:
             place = index.remove(txn, key, deleted=False)

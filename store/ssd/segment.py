@@ -40,6 +40,11 @@ class Segment:
         if got != need:
             raise CorruptEntryError(f"{self.path.name} ends {need - got} bytes too early")
 
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """``read`` of one buffer, in as few steps as Python can."""
+        if self._files.read(self._descriptor, (buffer,), offset) != len(buffer):
+            raise CorruptEntryError(f"{self.path.name} ends too early")
+
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         self._files.write(self._descriptor, buffers, offset)
 

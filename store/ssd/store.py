@@ -35,6 +35,7 @@ from store.types import ChunkKV, KVKey, Want
 log = logging.getLogger(__name__)
 
 _GROUP_BYTES = 64 << 20  # encoded at once, and written in one transaction: so long other writers wait
+_DELETED = 1024  # entries deleted in one transaction
 _SWEEP_S = 10.0
 
 
@@ -207,7 +208,13 @@ class SsdStore(KVStore):
         return self._parts.putter.put(group)
 
     def delete(self, key: KVKey, *, evicted: bool = False) -> bool:
-        return remove.delete(self._parts, self._policy, key, evicted=evicted)
+        return self.delete_many([key], evicted=evicted) == 1
+
+    def delete_many(self, keys: Iterable[KVKey], *, evicted: bool = False) -> int:
+        """``delete`` of many with one commit, and one sync per segment for all of them; how many were there."""
+        wanted = list(keys)
+        groups = (wanted[start : start + _DELETED] for start in range(0, len(wanted), _DELETED))
+        return sum(remove.delete(self._parts, self._policy, group, evicted=evicted) for group in groups)
 
     def drop(self, key: KVKey, place: Place | None, why: str) -> bool:
         """Take out an entry that is damaged, if it is still in ``place``; if it was taken out. Does not raise."""

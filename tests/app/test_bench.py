@@ -70,7 +70,7 @@ async def test_all_arms_are_checked_and_timed(engine: Engine) -> None:
         ("auto", 0.5),
     ]
     for report in reports:
-        assert set(report) == {"name", "ratio", "ttft_median_s", "ttft_p10_s", "ttft_p90_s", "outputs_checked"}
+        assert set(report) == {"name", "ratio", "tier", "ttft_median_s", "ttft_p10_s", "ttft_p90_s", "outputs_checked"}
         assert report["outputs_checked"] is True
         assert 0 < report["ttft_p10_s"] <= report["ttft_median_s"] <= report["ttft_p90_s"]
     assert all(len(arm.seconds) == SETUP.repeats for arm in arms)

@@ -34,6 +34,7 @@ COMMANDS = [
     ["doctor"],
     ["bench"],
     ["bench", "ttft"],
+    ["bench", "novelty"],
     ["certify"],
     ["eval"],
     ["eval", "quality"],
@@ -314,8 +315,18 @@ class TestMeasurements:
         assert [(a["name"], a["ratio"]) for a in report["arms"]] == [
             ("full-eager", None), ("reuse", 0.0), ("deviation", 0.1), ("deviation", 0.3), ("auto", 0.1), ("auto", 0.3),
         ]  # fmt: skip
-        fields = ["name", "ratio", "ttft_median_s", "ttft_p10_s", "ttft_p90_s", "outputs_checked"]
+        fields = ["name", "ratio", "tier", "ttft_median_s", "ttft_p10_s", "ttft_p90_s", "outputs_checked"]
         assert all(list(arm) == fields for arm in report["arms"])
+
+    def test_novelty_prints_quarters_and_a_verdict(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = [i for i in range(ByteTokenizer.vocab_size) if not ord("a") <= i <= ord("z")]
+        monkeypatch.setattr(ByteTokenizer, "all_special_ids", words, raising=False)
+        options = ["--engine", "transformers", "--queries", "8", "--chunks", "3", "--chunk", "64", "--pool", "6"]
+        result = run("bench", "novelty", *options, "--ram-mib", "0.004", "--check-every", "3", "--json")
+        report = json.loads(result.stdout)
+        assert len(report["quarters"]) == 4
+        assert report["bytes_per_chunk_constant"] is True
+        assert result.exit_code == (report["last_over_second"] > 1.05)
 
     def test_eval_prints_exactly_the_agreed_shape(self) -> None:
         report = data(

@@ -270,7 +270,7 @@ def test_every_error_of_every_room_has_a_row() -> None:
 
     for root in (BlendError, EngineError, RetrieverError, StoreError):
         for kind in leaves(root):
-            assert shape_of(kind("x")).code is not None
+            assert shape_of(kind.__new__(kind)).code is not None
 
 
 def test_retry_after_never_exceeds_a_minute() -> None:

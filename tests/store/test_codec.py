@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,6 +307,11 @@ def test_a_codec_has_no_state_that_threads_could_mix_up(name: str) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_every_codec_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
+    assert [name for name in CODECS if text.count(f"| `{name}` |") < 3] == []  # what it is, its size, its answers
 
 
 def test_an_unknown_codec_is_named_with_the_choices() -> None:

@@ -253,13 +253,33 @@ def test_without_room_for_copies_it_says_so_and_changes_nothing(
     store.put_many(CHUNKS)
     left = delete_but_every(store, 2)
     before = files_of(store)
-    monkeypatch.setattr(collecting, "free_bytes", lambda path: 4 * 122_880 - 1)
+    monkeypatch.setattr(store._parts.db, "spare_bytes", lambda: 4 * 122_880 - 1)
     with pytest.raises(StoreFullError, match="491520"):
         store.gc(full=True)
     assert files_of(store) == before
     assert all(same(get(store, chunk), chunk) for chunk in left)
     monkeypatch.undo()
     assert store.gc(full=True).freed > 0
+    store.close()
+
+
+def test_puts_at_the_limit_collect_as_they_go(tmp_path: Path, files: Files, get: Get, same: Same) -> None:
+    """Where there are no holes too: what is evicted must be copied around before its room can be used."""
+    limit = 8 << 20
+    config = StoreConfig(path=tmp_path / "kv", segment_bytes=SEGMENT // 2, max_bytes=limit, admission=False)
+    store = SsdStore(config, files=files)
+    made = Make(tokens=300)
+    most = 0
+    for n in range(150):
+        store.put(made(1000 + n))
+        most = max(most, store.stats().tiers[0].held_bytes)
+        if n % 3 == 0:
+            store.get(want_of(made(1000 + n - n % 7)))
+    assert most <= limit + SEGMENT // 2
+    there = [entry.key for entry in store.entries()]
+    assert len(there) * 122_880 > limit // 3
+    assert all(same(get(store, c), c) for c in map(made, range(1000, 1150)) if c.key in there)
+    assert (store.verify().bad, store.stats().counters["put"]) == ((), 150)
     store.close()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.evict import Door, Gdsf, Item, Lru, Misses, Policy, Rules, Tuner, Usage, admits, choose, missed
@@ -116,6 +116,7 @@ def test_a_scan_that_is_asked_for_takes_the_recent_part_only_where_lru_loses_eve
 # The door
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.5, 50.0), st.floats(0.0, 1e6), st.integers(1, 500)), max_size=6), st.booleans())
 def test_the_door_decides_as_admits_does(lives: list[tuple[float, float, int]], asked: bool) -> None:
     policy = Gdsf()
@@ -216,7 +217,7 @@ def test_the_tuner_keeps_a_bounded_sample_of_a_large_cache(monkeypatch: pytest.M
     for step in range(20_000):
         number = step % 3000 if step % 2 else step
         tuner.asked(key(number), 100 + number % 7, 1.0, now=NOW + step)
-    assert len(tuner._seen) <= 16 * 16 + 500
+    assert len(tuner._seen) <= 8 * 16 + 500
     for miniature in tuner._miniatures:
         assert len(miniature.held) <= 64
         assert miniature.held <= set(tuner._seen)

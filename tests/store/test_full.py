@@ -64,7 +64,7 @@ def held(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files)
 
 
-@pytest.mark.parametrize("tokens", [32, 256], ids=["in the index", "in segments"])
+@pytest.mark.parametrize("tokens", [80, 256], ids=["in the index too", "in segments"])
 def test_max_bytes_bounds_the_files(tmp_path: Path, make_with: Any, get: Get, same: Same, tokens: int) -> None:
     store = SsdStore(StoreConfig(path=tmp_path / "kv", max_bytes=LIMIT, policy="none"))
     check_full_store(store, make_with(tokens=tokens), get, same)
@@ -278,6 +278,16 @@ def test_a_disk_filled_by_others_refuses_and_recovers(small_disk: Path, make_wit
     store.close()
     store = SsdStore(StoreConfig(path=small_disk / "kv"))
     assert all(same(get(store, chunk), chunk) for chunk in [*first, late])
+    store.close()
+
+
+def test_a_disk_smaller_than_the_limit_is_the_limit(small_disk: Path, make_with: Any, get: Get, same: Same) -> None:
+    maker = make_with(tokens=256)
+    store = SsdStore(StoreConfig(path=small_disk / "kv", max_bytes=1 << 30, segment_bytes=1 << 20, admission=False))
+    for n in range(200):
+        store.put(maker(n))
+    assert store.stats().counters["evicted:capacity"] > 100 and same(get(store, maker(199)), maker(199))
+    assert store.stats().entries > 30 and store.verify().bad == ()
     store.close()
 
 

@@ -265,6 +265,19 @@ def test_a_loss_is_told_before_the_consumer_gets_to_its_layer() -> None:
             loading.wait(0)
 
 
+def test_a_loss_is_told_while_the_layer_is_not_there_yet() -> None:
+    context, gate = Context(), threading.Event()
+    context.chunks[0].act = lambda layer, k, v: gate.wait(LONG_S) and None
+    context.chunks[1].act = losing(0)
+    with context.load(timeout_s=LONG_S) as loading:
+        try:
+            with pytest.raises(PlacesLostError, match=r"place 1 \(evicted\)"):
+                loading.wait(0)
+            assert loading.counts.waited_s < LONG_S / 2
+        finally:
+            gate.set()
+
+
 def test_several_are_lost_at_once() -> None:
     context = Context()
     for place, reason in ((0, "evicted"), (3, "checksum_failed")):
@@ -299,11 +312,14 @@ def test_a_defect_is_raised_where_its_work_is_waited_for(threads: int, timeout_s
     context = Context()
 
     def fail(layer: int, k: Tensor, v: Tensor) -> None:
+        time.sleep(0.05)  # the consumer waits by then
         raise ZeroDivisionError("a defect")
 
     context.chunks[2].act = fail
+    begin = time.monotonic()
     with context.load(threads, timeout_s) as loading, pytest.raises(ZeroDivisionError):
         loading.wait(LAYOUT.layers - 1)
+    assert time.monotonic() - begin < LONG_S / 2
 
 
 # In time -------------------------------------------------------------------------------------------------------------

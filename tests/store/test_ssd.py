@@ -586,3 +586,17 @@ def cached_share(path: Path) -> float:
         del first
     assert not failed
     return sum(page & 1 for page in there) / pages
+
+
+def test_many_are_deleted_at_once(tmp_path: Path, make_with: Any, get: Get, same: Same) -> None:
+    chunks = [make_with(tokens=16 if n % 3 else 200)(n) for n in range(30)]
+    store = SsdStore(StoreConfig(path=tmp_path / "kv"))
+    store.put_many(chunks)
+    gone = [chunk.key for chunk in chunks[:20]]
+    assert store.delete_many([*gone, gone[3], make_with()(99).key]) == 20
+    assert [get(store, chunk) for chunk in chunks[:20]] == [Miss("never_precomputed")] * 20
+    assert all(same(get(store, chunk), chunk) for chunk in chunks[20:])
+    assert store.delete_many((chunk.key for chunk in chunks), evicted=True) == 10
+    assert [get(store, chunk) for chunk in chunks[20:]] == [Miss("evicted")] * 10
+    assert store.stats().counters == {"put": 30, "deleted": 20, "evicted:asked": 10}
+    store.close()

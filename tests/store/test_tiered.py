@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -148,6 +149,42 @@ def test_the_second_read_is_from_memory(tiers: TieredStore, below: Below, make: 
     assert tier_of(tiers, chunk) == "ram" and same(get(tiers, chunk), chunk)
     assert below.finds == asked
     assert tiers.stats().counters["promoted"] == 1
+
+
+def test_who_copies_yields_to_the_request_and_does_not_share_its_core(
+    tiers: TieredStore, below: Below, make: Make, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader is bound to one core, as OpenMP binds its first thread; another of its threads to another core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    seen: list[tuple[set[int], int]] = []
+    encoded_of = below.read_encoded
+
+    def read_encoded(key: KVKey) -> tuple[bytes, list[Bytes]] | None:
+        seen.append((os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return encoded_of(key)
+
+    monkeypatch.setattr(below, "read_encoded", read_encoded)
+    tiers.put(make(1))
+    over = threading.Event()
+
+    def elsewhere() -> None:
+        os.sched_setaffinity(0, cores[1:])
+        over.wait(30)
+
+    def request() -> None:
+        os.sched_setaffinity(0, cores[:1])
+        read(tiers, get, make(1))
+
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    bound, asking = threading.Thread(target=elsewhere), threading.Thread(target=request)
+    bound.start()
+    asking.start()
+    asking.join()
+    over.set()
+    bound.join()
+    assert seen == [(set(cores), max(10, mine))]
 
 
 def test_what_was_not_read_to_its_end_stays_below(tiers: TieredStore, below: Below, make: Make) -> None:
