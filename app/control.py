@@ -130,7 +130,7 @@ class Control:
         """Delete what is stored of a selection, except what is pinned. It is compiled again by the next precompute."""
         chosen = self.choose(selection)
         keys = [e.key for e in chosen.entries if not e.pinned]
-        gone = sum(self.store.delete(key, evicted=True) for key in keys)
+        gone = self.store.delete_many(keys, evicted=True)
         return Changed(chosen, gone, len(chosen.entries) - len(keys))
 
     # -- what is remembered ---------------------------------------------------------------------------------------

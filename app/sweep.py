@@ -32,7 +32,7 @@ def sweep(retriever: Retriever, references: References, store: KVStore) -> int:
     names = {references.keys.source(name): name for name in ids}
     found = [(entry.key, names[entry.source]) for entry in store.entries() if entry.source in names]
     current = _keys(references, retriever.documents_with({name for _, name in found})) if found else set()
-    gone = sum(store.delete(key) for key, _ in found if key not in current)
+    gone = store.delete_many(key for key, _ in found if key not in current)
     retriever.forget_stale(mark)
     if gone:
         log.info("deleted %d stored chunks whose text, or text they were compiled behind, is gone", gone)
@@ -47,7 +47,7 @@ def sweep_overtaken(
     That change may have been swept before these passes ended, so nobody else would find their entries.
     """
     current = _keys(references, [document])
-    return sum(store.delete(key) for job in jobs for key in job.keys if key not in current)
+    return store.delete_many(key for job in jobs for key in job.keys if key not in current)
 
 
 def _keys(references: References, documents: Collection[DocumentInfo]) -> set[KVKey]:

@@ -6,12 +6,10 @@ Layer by layer: reader threads run ahead (``store.loader``), and the walk asks f
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from kernels.select_rows import runs
 from store.base import Found, KVStore, Miss
 from store.errors import StoreError
 from store.loader import LoadCounts, Loading, Place, PlacesLostError, Reading
+from store.threads import roam
 from store.types import KVLayout, MissReason, Want
 
 log = logging.getLogger(__name__)
@@ -61,15 +60,9 @@ class Loader:
         self._lock = threading.Lock()
 
     @classmethod
-    def start(cls, *, threads: int, timeout_s: float | None = None, keep_bytes: int = 1 << 30,
-              cores: Iterable[int] | None = None) -> Loader:  # fmt: skip
-        """One with ``threads`` of its own (0: requests read for themselves), to be closed.
-
-        They run on ``cores`` (None: where the caller may run). An OpenMP that binds its threads to cores, as vLLM's is
-        on a CPU, binds its first thread too, and whatever that starts would share its one core.
-        """
-        free = None if cores is None else partial(os.sched_setaffinity, 0, set(cores))
-        pool = ThreadPoolExecutor(threads, "kv-load", free) if threads else None
+    def start(cls, *, threads: int, timeout_s: float | None = None, keep_bytes: int = 1 << 30) -> Loader:
+        """One with ``threads`` of its own (0: requests read for themselves), to be closed."""
+        pool = ThreadPoolExecutor(threads, "kv-load", roam) if threads else None
         return cls(Reading(threads, timeout_s, pool), keep_bytes=keep_bytes)
 
     def borrow(self, layout: KVLayout, rows: int) -> Staging:

@@ -176,6 +176,10 @@ class KVStore(Protocol):
         """Remove; with ``evicted`` a later miss says so. True if it was there. A pin goes too, unless ``evicted``."""
         ...
 
+    def delete_many(self, keys: Iterable[KVKey], *, evicted: bool = False) -> int:
+        """``delete`` of many, cheaper where that can be; how many were there."""
+        return sum(self.delete(key, evicted=evicted) for key in keys)
+
     def pin(self, keys: Iterable[KVKey], *, pinned: bool = True) -> int:
         """Keep from eviction and expiry (or no longer); keys not stored yet may be pinned. How many changed."""
         ...

@@ -95,6 +95,18 @@ class TieredStore(KVStore):
             deleted = self._remote.delete(key) or deleted
         return deleted
 
+    def delete_many(self, keys: Iterable[KVKey], *, evicted: bool = False) -> int:
+        if self._remote is not None:
+            return super().delete_many(keys, evicted=evicted)
+        keys = list(keys)
+        if not evicted:
+            for key in keys:
+                self._behind.discard(key)
+        deleted = self._below.delete_many(keys, evicted=evicted)
+        for key in keys:
+            self._ram.remove(key, forget=not evicted)
+        return deleted
+
     def pin(self, keys: Iterable[KVKey], *, pinned: bool = True) -> int:
         return self._below.pin(keys, pinned=pinned)
 

@@ -11,7 +11,7 @@ from store.evict.gdsf import Gdsf
 from store.evict.types import Item, Policy, Reason, Rules, Usage
 from store.types import KVKey
 
-# From LRU to all but LFU; the first one is kept until another has shown that it saves more.
+# From LRU to all but LFU; of those that save about the same, the first one is taken.
 CANDIDATES: tuple[Gdsf, ...] = (
     Gdsf(decay=0.5, recent=1.0),
     Gdsf(decay=0.8, recent=0.95),
@@ -23,7 +23,7 @@ CANDIDATES: tuple[Gdsf, ...] = (
 _MOST = 1024  # entries of a miniature; beyond it the sample is halved
 _ROUND = 500  # uses in the sample between two decisions
 _FADE = 0.9  # what a round counts for at the next decision
-_BETTER = 1.005  # times what the present policy saves
+_ALIKE = 1.01  # what differs by less may be chance: no reason to change, nor to go further from LRU than needed
 
 
 class _Miniature:
@@ -95,9 +95,9 @@ class Tuner:
         return int.from_bytes(key.digest[:4], "big") < self._below
 
     def _decide(self) -> None:
-        best = max(self._miniatures, key=lambda miniature: miniature.saved)
-        if best.saved > _BETTER * self._best.saved:
-            self._best = best
+        enough = max(miniature.saved for miniature in self._miniatures) / _ALIKE
+        if self._best.saved < enough:
+            self._best = next(miniature for miniature in self._miniatures if miniature.saved >= enough)
         for miniature in self._miniatures:
             miniature.saved *= _FADE
         if max(len(miniature.held) for miniature in self._miniatures) > _MOST:

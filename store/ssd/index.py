@@ -111,18 +111,6 @@ class Index(Ledger):
             ahead = cursor.next()
         return batch
 
-    def live(self, txn: Txn, segment: int) -> list[tuple[KVKey, Place]]:
-        """The entries whose records are in ``segment``, in the order they lie there; damaged rows are left out."""
-        found = []
-        for digest, row in txn.cursor(self.tables.entries):
-            try:
-                place = parse_place(bytes(digest), row)
-                if place.segment == segment:
-                    found.append((KVKey(bytes(digest)), place))
-            except (CorruptEntryError, ValueError):
-                continue
-        return sorted(found, key=lambda pair: pair[1].offset)
-
     # Use
 
     def life(self, txn: Txn, key: KVKey) -> tuple[Life, str] | None:

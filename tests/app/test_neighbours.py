@@ -262,7 +262,7 @@ async def test_what_cannot_be_deleted_now_is_deleted_later(kit: Kit, behind: Beh
         raise StoreIOError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kit.engine.store, "delete", failing)
+        patch.setattr(kit.engine.store, "delete_many", failing)
         assert await kit.service.precomputer.sweep() == 0
     assert any("d3" in text for text in behind.stored().values())
     assert await kit.service.precomputer.sweep() > 0

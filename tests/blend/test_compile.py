@@ -33,5 +33,5 @@ def test_a_chunk_that_compiles_to_nan_or_infinity_is_refused_and_leaves_no_entry
         compile_into(_Model(), job, store, tokenizer="t")  # type: ignore[arg-type]
     assert not store.contains(job.keys[0])
     planes[plane].zero_()
-    assert compile_into(_Model(), replace(job), store, tokenizer="t") > 0  # type: ignore[arg-type]
+    assert compile_into(_Model(), replace(job), store, tokenizer="t").result().bytes > 0  # type: ignore[arg-type]
     assert store.contains(job.keys[0])
