@@ -129,8 +129,8 @@ class Loaded:
 
     @property
     def k(self) -> Tensor:
-        """[L, N, H, D] of all layers, rotated to the prompt's positions, on the CPU. Rows that are not ``present`` hold
-        anything, and may change: nothing may depend on them."""
+        """[L, N, H, D] of all layers as loaded, rotated to the prompt's positions, on the CPU. Rows that are not
+        ``present`` hold anything, and may change: nothing may depend on them."""
         self.finish()
         return self._staging.k
 
@@ -141,9 +141,9 @@ class Loaded:
         return self._staging.v
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V [N, H, D] of one layer (see ``k``)."""
+        """K and V [N, H, D] of one layer (see ``k``), or what took their place."""
         self.need(layer)
-        return self._staging.k[layer], self._staging.v[layer]
+        return self._now(layer)
 
     def need(self, layer: int) -> None:
         """Wait until ``layer`` is loaded, turned and in the engine's cache. Raises ``ChunksLostError``."""
@@ -178,7 +178,8 @@ class Loaded:
         """
         mine = self.layer(layer)
         if layer not in self._replaced:
-            self._replaced[layer] = (mine[0].clone(), mine[1].clone())
+            # In memory of its own: a read of a lost chunk that is still under way writes into the staging.
+            mine = self._replaced[layer] = (mine[0].clone(), mine[1].clone())
         mine[0][rows], mine[1][rows] = k, v
 
     def close(self) -> None:
@@ -209,15 +210,16 @@ class Loaded:
             self._origins[i] = Origin(None, reason)
             self.present[self._rows(i)] = False
         self._count_rows()
-        for layer, (k, v) in self._replaced.items():
-            self._staging.k[layer], self._staging.v[layer] = k, v
         self._replaced.clear()
         self._written.clear()
+
+    def _now(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._replaced.get(layer) or (self._staging.k[layer], self._staging.v[layer])
 
     def _write(self, layer: int, rows: Tensor) -> None:
         if not rows.numel():
             return
-        k, v = self._staging.k[layer], self._staging.v[layer]
+        k, v = self._now(layer)
         first, last = int(rows[0]), int(rows[-1])
         if last - first + 1 == rows.numel():  # they ascend: one run, no copy
             part = slice(first, last + 1)
