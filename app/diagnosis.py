@@ -237,8 +237,10 @@ def _data(settings: Settings) -> Iterator[Check]:
 
 
 def _store(settings: Settings) -> Iterator[Check]:
+    from app.stored import REMEDY
     from store import open_store
     from store.errors import StoreError
+    from store.ssd import DamagedError, LostIndexError
 
     if not settings.store_dir.is_dir():
         yield Check("store", "ok", "empty")
@@ -250,7 +252,8 @@ def _store(settings: Settings) -> Iterator[Check]:
         finally:
             store.close()
     except StoreError as e:
-        yield Check("store", "fail", str(e), f"move {settings.store_dir} away; only speed is lost")
+        mends = isinstance(e, DamagedError | LostIndexError)
+        yield Check("store", "fail", str(e), REMEDY if mends else f"move {settings.store_dir} away; only speed is lost")
         return
     yield Check(
         "store", "ok", f"{stats.entries} chunks, {stats.bytes / 2**30:.3f} GiB; ragblend cache verify checks them"

@@ -17,6 +17,7 @@ from app.pins import Pins
 from app.rag import References
 from app.service import compile_budget, read_salt
 from app.settings import Settings
+from app.stored import REMEDY
 from blend.fingerprint import model_fingerprint, tokenizer_fingerprint
 from blend.keys import KeyMaker
 from blend.prompt import PromptLayout
@@ -25,7 +26,8 @@ from blend.support import check_supported, head_dim, kv_heads
 from retriever.embed import open_embedder
 from retriever.retriever import Retriever
 from store.base import KVStore
-from store.ssd import SsdStore
+from store.config import StoreConfig
+from store.ssd import DamagedError, LostIndexError, SsdStore, put_aside
 from store.types import DTYPES, KVLayout
 
 
@@ -98,14 +100,33 @@ def open_offline(settings: Settings) -> Iterator[Offline]:
 
 
 @contextmanager
-def open_disk(settings: Settings, *, readonly: bool) -> Iterator[SsdStore]:
-    """This process's own view of the store on disk; made if it is not there, unless ``readonly``."""
+def open_disk(settings: Settings, *, readonly: bool, repair: bool = False) -> Iterator[SsdStore]:
+    """This process's own view of the store on disk; made if it is not there, unless ``readonly``.
+
+    ``repair``: an index that cannot be opened is put aside and made anew from the segments. That of another program or
+    format is not: its segments would be lost. Raises ``StoreError``; what repair would mend says so.
+    """
     config = settings.store_config
-    store = SsdStore(config.reading() if readonly else replace(config, ram_bytes=0))
     try:
-        yield store
-    finally:
-        store.close()
+        store = _opened(config.reading() if readonly else replace(config, ram_bytes=0), repair)
+        try:
+            yield store
+        finally:
+            store.close()
+    except (DamagedError, LostIndexError) as error:
+        if repair:
+            raise
+        raise type(error)(f"{error}; stop the server, and {REMEDY}") from error
+
+
+def _opened(config: StoreConfig, repair: bool) -> SsdStore:
+    try:
+        return SsdStore(config)
+    except (DamagedError, LostIndexError):
+        if not repair or config.path is None:
+            raise
+    put_aside(config.path)
+    return SsdStore(config)
 
 
 @contextmanager

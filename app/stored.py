@@ -9,6 +9,8 @@ from app.control import Changed
 from app.store_metrics import tiers_of
 from store.base import StoreStats
 
+REMEDY = "ragblend cache verify --repair makes the index anew"
+
 
 def entry_view(row: Row) -> dict[str, Any]:
     """One stored chunk. ``file_id`` ``null``: no document of today has it (or it is the prefix)."""

@@ -9,6 +9,7 @@ damage, not forgery: whoever can write the store's files is trusted.
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,9 +20,11 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
-from store.codec import CODECS, Bytes, Codec
+from store.codec import CODECS, Bytes, Codec, open_codec
 from store.errors import CorruptEntryError
 from store.types import FORMAT_VERSION, ChunkKV, KVKey, KVLayout
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"ragblnKV"
 _PREFIX = struct.Struct("<8s4I")
@@ -63,10 +66,24 @@ class Header:
 
 
 def encode(chunk: ChunkKV, codec: Codec) -> tuple[bytes, list[Bytes]]:
-    """The header and the planes of ``chunk``; planes are new memory, the chunk stays untouched."""
-    layers = chunk.layout.layers
-    planes = [codec.encode(chunk.k[i], chunk.v[i], depth=i / max(1, layers - 1)) for i in range(layers)]
+    """The header and the planes of ``chunk``; planes are new memory, the chunk stays untouched.
+
+    A chunk with values that a lossy ``codec`` does not take (not finite, too large) is written raw, which takes all.
+    """
+    try:
+        planes = _planes(chunk, codec)
+    except ValueError as error:
+        if codec.lossless:
+            raise
+        log.info("%s is stored raw: %s", chunk.key.hex, error)
+        codec = open_codec("raw")
+        planes = _planes(chunk, codec)
     return make_header(chunk, codec, planes), planes
+
+
+def _planes(chunk: ChunkKV, codec: Codec) -> list[Bytes]:
+    layers = chunk.layout.layers
+    return [codec.encode(chunk.k[i], chunk.v[i], depth=i / max(1, layers - 1)) for i in range(layers)]
 
 
 def make_header(chunk: ChunkKV, codec: Codec, planes: list[Bytes]) -> bytes:

@@ -74,6 +74,16 @@ class Ram:
                 self._misses.note(key, now=now)
             return held
 
+    def outlook(self, key: KVKey) -> tuple[float, float]:
+        """What the choice of a codec for a newcomer goes by, as on disk: uses to expect by what is remembered of it,
+        and how scarce room is (0: less than half of the limit is held, 1: entries are about to be evicted for it)."""
+        with self.lock:
+            before = self._misses.get(key)
+            frequency = 1.0 if before is None else max(1.0, before.frequency)
+            limit = self.config.max_bytes
+            filled = 0.0 if limit is None else self.bytes / limit
+            return frequency, min(1.0, max(0.0, (filled - 0.5) / (AHEAD - 0.5)))
+
     def insert(self, new: Held, *, forced: bool = False) -> list[KVKey] | None:
         """Hold ``new``; what was evicted for it, or None if it is worth less than that (unless ``forced``).
 

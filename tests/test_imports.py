@@ -20,6 +20,7 @@ HOMES = {
     "faiss": ("retriever/*",),
     "sentence_transformers": ("retriever/*",),
     "lmdb": ("store/*",),
+    "zstandard": ("store/codec/*",),
     "fastapi": ("app/*",),
     "starlette": ("app/*",),
     "uvicorn": ("app/*",),

@@ -106,7 +106,8 @@ def stats(url: Url = None, data_dir: DataDir = None, config: Config = None, as_j
 @group.command()
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Delete bad entries; they are made again when needed.")
+        bool,
+        typer.Option("--repair", help="Delete bad entries (made again when needed); make a damaged index anew."),
     ] = False,
     data_dir: DataDir = None,
     config: Config = None,
@@ -115,13 +116,18 @@ def verify(
     """Read every stored chunk and check its checksum and shape. Exit code 1 if bad entries remain."""
     from app.upkeep import verify_view
     from store.base import VerifyReport
+    from store.ssd import DamagedError
 
-    with opened_store(read_settings(config, data_dir=data_dir), readonly=not repair) as store:
+    with opened_store(read_settings(config, data_dir=data_dir), readonly=not repair, repair=repair) as store:
         if store is None:
             report = VerifyReport(0, (), 0)
         else:
-            held = store.stats()
-            note(f"verify: reading {held.entries} entries, {human(held.bytes)}")
+            try:
+                held = store.stats()
+                note(f"verify: reading {held.entries} entries, {human(held.bytes)}")
+            except DamagedError:
+                if not repair:
+                    raise
             report = store.verify(repair=repair)
     found = verify_view(report)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,16 +41,28 @@ def opened_control(settings: Settings, *, readonly: bool = True) -> Iterator[Con
 
 
 @contextmanager
-def opened_store(settings: Settings, *, readonly: bool = True) -> Iterator[SsdStore | None]:
-    """The store on disk; ``None``, and a word, if there is none yet."""
+def opened_store(settings: Settings, *, readonly: bool = True, repair: bool = False) -> Iterator[SsdStore | None]:
+    """The store on disk; ``None``, and a word, if there is none yet. ``repair`` as in ``open_disk``; what was done, is
+    said at the end."""
     from app.offline import open_disk
 
     if not settings.store_dir.is_dir():
         note(f"nothing is stored in {settings.store_dir} yet")
         yield None
         return
-    with open_disk(settings, readonly=readonly) as store:
+    before = _put_aside(settings.store_dir)
+    with open_disk(settings, readonly=readonly, repair=repair) as store:
         yield store
+    for name in sorted(_put_aside(settings.store_dir) - before):
+        note(
+            f"the index was damaged and is kept as {name}; a new one was made from the segments, without pins and "
+            "small entries, which were in it alone"
+        )
+
+
+def _put_aside(folder: Path) -> set[str]:
+    """Names of damaged indexes."""
+    return {path.name for path in folder.glob("data.mdb.damaged-*")}
 
 
 def selection(

@@ -26,7 +26,10 @@ class Codec(Protocol):
     direct: bool  # a plane is the bytes of K, then those of V: it can be read from a file straight into the tensors
 
     def encode(self, k: Tensor, v: Tensor, *, depth: float) -> Bytes:
-        """The plane [n] uint8, new memory. Any strides. ``depth`` is 0 for the first layer, 1 for the last."""
+        """The plane [n] uint8, new memory. Any strides. ``depth`` is 0 for the first layer, 1 for the last.
+
+        A lossy codec raises ``ValueError`` for values that it does not take: not finite, too large.
+        """
         ...
 
     def decode(self, plane: Bytes, k: Tensor, v: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from store.ssd.database import DamagedError
 from store.ssd.files import Files
+from store.ssd.folder import LostIndexError
 from store.ssd.rebuild import put_aside
 from store.ssd.store import SsdStore
 
-__all__ = ["Files", "SsdStore", "put_aside"]
+__all__ = ["DamagedError", "Files", "LostIndexError", "SsdStore", "put_aside"]

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import lmdb
 
 from store.errors import StoreError, StoreFormatError, StoreFullError, StoreIOError
-from store.ssd.folder import MAX_READERS, free_bytes, prepare
+from store.ssd.folder import MAX_READERS, SEGMENTS, LostIndexError, free_bytes, prepare
 from store.ssd.gate import Gate
 from store.types import FORMAT_VERSION
 
@@ -59,7 +59,8 @@ class Database:
     ``max_bytes`` caps the data file; ``map_size`` is where the map starts (it grows geometrically). Do not
     use it across ``fork``. A transaction must not be begun inside another one of the same thread.
 
-    Raises ``StoreFormatError`` for a folder of another program or version, ``StoreError`` if this process has
+    Raises ``StoreFormatError`` for a folder of another program or version (``LostIndexError`` for an index that is not
+    LMDB's, beside segments), ``StoreError`` if this process has
     it open already, ``StoreFullError`` and ``StoreIOError``.
     """
 
@@ -282,7 +283,10 @@ class Database:
         try:
             yield
         except (lmdb.InvalidError, lmdb.VersionMismatchError) as error:
-            raise StoreFormatError(f"{self.path} is not an LMDB database of this version: {error}") from error
+            words = f"{self.path} is not an LMDB database of this version: {error}"
+            if (self.path / SEGMENTS).is_dir():
+                raise LostIndexError(f"{words}; its segments are there") from error
+            raise StoreFormatError(words) from error
         except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
             raise DamagedError(f"{self.path} is damaged: {error}") from error
         except lmdb.Error as error:

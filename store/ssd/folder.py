@@ -8,16 +8,22 @@ from pathlib import Path
 from store.errors import StoreFormatError, StoreFullError
 
 DATA = "data.mdb"
+SEGMENTS = "segments"
 ASIDE = "data.mdb."  # what a damaged index is renamed to begins so
 MAX_READERS = 512
 _LOCK_BYTES = 64 * (MAX_READERS + 64)  # a cache line per reader, and LMDB's header
 
 
+class LostIndexError(StoreFormatError):
+    """The index is missing or cannot be opened, but there are segments that it can be made anew from: by opening the
+    store for writing, once ``put_aside`` has moved what is there."""
+
+
 def prepare(path: Path, *, readonly: bool) -> None:
     """Make the folder, or see that it may hold a store.
 
-    Segments without an index may be there: the index is rebuilt from them. Raises ``StoreFormatError`` if it holds
-    anything else, ``StoreFullError``, ``OSError``.
+    Segments without an index may be there: the index is rebuilt from them, but not read-only (``LostIndexError``).
+    Raises ``StoreFormatError`` if it holds anything else, ``StoreFullError``, ``OSError``.
     """
     try:
         if not readonly:
@@ -25,14 +31,18 @@ def prepare(path: Path, *, readonly: bool) -> None:
         names = set(os.listdir(path))
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise StoreFormatError(f"{path} is not a folder") from error
-    if DATA not in names and (readonly or not all(map(_ours, names))):
+    if DATA not in names and not all(map(_ours, names)):
+        raise StoreFormatError(f"{path} holds no KV store: {sorted(names)[:5]}")
+    if DATA not in names and readonly:
+        if SEGMENTS in names:
+            raise LostIndexError(f"{path} has lost its index {DATA}; its segments are there")
         raise StoreFormatError(f"{path} holds no KV store: {sorted(names)[:5]}")
     if not readonly:
         _back_lock_file(path)
 
 
 def _ours(name: str) -> bool:
-    return name in ("lock.mdb", "segments") or name.startswith(ASIDE)
+    return name in ("lock.mdb", SEGMENTS) or name.startswith(ASIDE)
 
 
 def free_bytes(path: Path) -> int:

@@ -25,7 +25,7 @@ from store.types import KVKey
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_PIECE = 256 << 10
+_PIECE = 512 << 10
 _MOST_MOVES = 8  # of one entry while one plane is read: more is not a collection but a bug
 
 

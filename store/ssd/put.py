@@ -11,7 +11,7 @@ from typing import NamedTuple
 from store.codec import Bytes
 from store.entry import Header
 from store.errors import StoreFullError
-from store.evict import Item, Policy
+from store.evict import Item
 from store.ssd.append import Appender, Piece
 from store.ssd.database import Database, Txn
 from store.ssd.index import Index
@@ -104,6 +104,10 @@ class Putter:
         most = sum(one.record for one in group) + sum(len(one.blob) for one in group)
         result = self._db.write(partial(self._enter, group, done), need=min(most, _index_bytes(group)))
         self._reclaimer.noted(done)
+        if not isinstance(result, _Short):
+            for one, size in zip(group, result, strict=True):
+                if size:
+                    self._room.traffic.came(one.key, one.record, cost_of(one.header))
         return result
 
     def _enter(self, group: Sequence[Coded], done: dict[Grave, bool], txn: Txn) -> list[int] | _Short:
@@ -147,11 +151,10 @@ class Putter:
         index.count(txn, "put", len(fresh))
 
     def _life(self, txn: Txn, one: Coded, length: int, now: float) -> Life:
-        policy: Policy = self._room.policy
         grief = self._index.grief(txn, one.key)
         cost = cost_of(one.header)
         before = None if grief is None else grief.usage
-        usage = policy.entered(length, cost, now=now, clock=self._index.clock(txn), before=before)
+        usage = self._room.traffic.base.entered(length, cost, now=now, clock=self._index.clock(txn), before=before)
         return Life(usage.frequency, usage.last, usage.priority, cost, now, length, one.payload)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import NamedTuple
 
 from store.config import StoreConfig
 from store.errors import StoreFullError
-from store.evict import Choice, Item, Policy, Rules, admits, choose
+from store.evict import Choice, Door, Item, Policy, Rules, choose
 from store.ssd.append import Appender
 from store.ssd.collect import collect
 from store.ssd.database import Database, Txn
 from store.ssd.index import Index
 from store.ssd.reclaim import Reclaimer
 from store.ssd.rows import INLINE, Grave
+from store.ssd.uses import Traffic
 from store.types import KVKey
 
 log = logging.getLogger(__name__)
@@ -57,13 +59,15 @@ class Room:
         reclaimer: Reclaimer,
         note_uses: Callable[[], None],
     ) -> None:
-        self.policy = policy
         self._config = config
         self._db = db
         self._index = index
         self._appender = appender
         self._reclaimer = reclaimer
         self.note_uses = note_uses  # to be called before a newcomer is weighed
+        self.traffic = Traffic(policy, self.limit, _LOW)
+        self._door = Door()
+        self._at_door = threading.Lock()
 
     @property
     def limit(self) -> int | None:
@@ -117,6 +121,9 @@ class Room:
         """
         if self._recycled(short):
             return Made(admitted=True)
+        if newcomer is not None and self._turned_away(newcomer):
+            self._db.write(partial(self._refuse, newcomer), need=0)
+            return Made(admitted=False)
         done = self._reclaimer.done()
         made, graves, empty = self._db.write(partial(self._evict, newcomer, short, done), need=0)
         self._reclaimer.noted(done)
@@ -156,7 +163,8 @@ class Room:
         index, now = self._index, time.time()
         self._reclaimer.note(txn, done)
         items = {item.key: item for item in index.items(txn)}
-        choice = self._choose(txn, items, newcomer, short, now)
+        policy = self.traffic.policy
+        choice = self._choose(txn, items, newcomer, short, now, policy)
         victims = list(choice.victims)
         admitted = True
         if newcomer is not None:
@@ -169,13 +177,11 @@ class Room:
                     )
             elif self._config.admission:
                 going = [items[key] for key, reason in victims if reason == "capacity"]
-                admitted = admits(self.policy, newcomer, going, now=now)
-        if not admitted:
-            victims = [(key, reason) for key, reason in victims if reason == "expired"]
-            index.count(txn, "refused")
-            assert newcomer is not None
-            before = index.grief(txn, newcomer.key)
-            index.mourn(txn, newcomer.key, newcomer.usage, evicted=before is not None and before.evicted)
+                with self._at_door:
+                    admitted = self._door.admits(policy, newcomer, going, now=now)
+                if not admitted:
+                    victims = [(key, reason) for key, reason in victims if reason == "expired"]
+                    self._refuse(newcomer, txn)
         graves, touched = [], []
         for key, reason in victims:
             place = index.remove(txn, key, deleted=False)
@@ -190,7 +196,21 @@ class Room:
         made = Made(admitted, expired, len(victims) - expired)
         return made, graves, self._reclaimer.drop_empty(txn, touched)
 
-    def _choose(self, txn: Txn, items: dict[KVKey, Item], newcomer: Item | None, short: int, now: float) -> Choice:
+    def _turned_away(self, newcomer: Item) -> bool:
+        """Refused without a look at who would have to go: all entries would have to be listed for that."""
+        if not self._config.admission or self._config.shares:  # with shares it depends on the owner who would go
+            return False
+        with self._at_door:
+            return self._door.refuses(self.traffic.policy, newcomer, now=time.time())
+
+    def _refuse(self, newcomer: Item, txn: Txn) -> None:
+        self._index.count(txn, "refused")
+        before = self._index.grief(txn, newcomer.key)
+        self._index.mourn(txn, newcomer.key, newcomer.usage, evicted=before is not None and before.evicted)
+
+    def _choose(
+        self, txn: Txn, items: dict[KVKey, Item], newcomer: Item | None, short: int, now: float, policy: Policy
+    ) -> Choice:
         # What is held beyond the entries themselves (the index, dead bytes) is taken off the limit.
         held, live = self.held(txn), sum(item.bytes for item in items.values())
         limit = self.limit
@@ -203,7 +223,7 @@ class Room:
             rules = Rules(max(1, room), _LOW, self._config.shares, self._config.ttl_s)
         owner = None if newcomer is None else newcomer.owner
         clock = self._index.clock(txn)
-        return choose(items.values(), rules, self.policy, need=need, now=now, clock=clock, owner=owner)
+        return choose(items.values(), rules, policy, need=need, now=now, clock=clock, owner=owner)
 
 
 def segment_bytes(config: StoreConfig) -> int:

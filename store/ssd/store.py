@@ -314,7 +314,8 @@ class SsdStore(KVStore):
             self._parts.reclaimer.noted(done)
 
     def _note(self, batch: Batch) -> None:
-        self._parts.db.write(partial(write_uses, self._parts.index, self._policy, batch), need=0)
+        asked = self._parts.db.write(partial(write_uses, self._parts.index, self._policy, batch), need=0)
+        self._parts.room.traffic.asked(asked)
 
     def _must_write(self) -> None:
         if self.config.readonly:

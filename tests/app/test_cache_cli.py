@@ -3,8 +3,10 @@ the one on disk."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from app.cli import app
 from app.pins import Pins
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.engines import EngineConfig
-from store import open_store
+from store import ChunkKV, StoreConfig, open_store
+from tests.store.conftest import Make
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["ls", "stats", "verify", "gc", "pin", "unpin", "evict", "warm", "move", "export", "import"]
@@ -170,6 +173,45 @@ class TestOnTheFolder:
         assert data("verify", "--repair")["repaired"] == len(bad)
         assert data("verify")["bad"] == []
 
+    @pytest.mark.parametrize("lost", [False, True])
+    def test_an_index_that_is_garbage_is_made_anew_from_the_segments(self, folder: Path, lost: bool) -> None:
+        chunks = _put_large(folder)
+        index = folder / "kv" / "data.mdb"
+        index.unlink() if lost else index.write_bytes(b"garbage!" * 5000)
+        for command in ("verify", "ls", "stats"):  # they name the remedy, and change nothing
+            assert "ragblend cache verify --repair" in fails(1, command)
+        assert index.exists() != lost
+        result = run("verify", "--repair", "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout) == {"checked": 3, "bad": [], "repaired": 0}
+        kept = folder / "kv" / "data.mdb.damaged-1"
+        assert ("kept as data.mdb.damaged-1" in result.stderr) == kept.exists() == (not lost)
+        assert {e["key"] for e in data("ls")["entries"]} == {chunk.key.hex for chunk in chunks}
+        assert data("verify") == {"checked": 3, "bad": [], "repaired": 0}
+
+    def test_an_index_damaged_inside_is_made_anew(self, folder: Path) -> None:
+        chunks = _put_large(folder)
+        index = folder / "kv" / "data.mdb"
+        size = index.stat().st_size
+        with index.open("r+b") as file:  # all but the two pages by which LMDB knows its own
+            file.seek(2 * 4096)
+            file.write(random.Random(1).randbytes(size - 2 * 4096))
+        assert "ragblend cache verify --repair" in fails(1, "verify")
+        result = run("verify", "--repair")
+        assert result.exit_code == 0, result.output
+        assert "kept as data.mdb.damaged-1" in result.stderr
+        assert {e["key"] for e in data("ls")["entries"]} == {chunk.key.hex for chunk in chunks}
+
+    def test_an_index_of_another_format_is_left_alone(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its segments would be, too, to this version: garbage."""
+        _put_large(folder)
+        before = (folder / "kv" / "data.mdb").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("store.ssd.database.FORMAT_VERSION", 999)
+            assert "format" in fails(1, "verify", "--repair")
+        assert (folder / "kv" / "data.mdb").read_bytes() == before
+        assert data("verify") == {"checked": 3, "bad": [], "repaired": 0}
+
     def test_collection_runs_and_says_what_it_did(self, stored: Path) -> None:
         data("evict", "--document", document("oak"))
         assert set(data("gc", "--full")) == {"freed_bytes", "moved_bytes", "expired", "evicted"}
@@ -205,6 +247,27 @@ class TestCarrying:
         there = ["--data-dir", tmp_path / "there"]
         assert "0" * 64 in fails(1, "import", tmp_path / "out", "--expect-sha256", "0" * 64, *there)
         assert data("stats", *there)["entries"] == 0
+
+    def test_damaged_entries_are_named_and_make_the_import_fail(self, folder: Path, tmp_path: Path) -> None:
+        _put_large(folder)
+        run("export", tmp_path / "out")
+        [file] = (tmp_path / "out").glob("chunks-*.kv")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        there = ["--data-dir", tmp_path / "there"]
+        assert file.name in fails(1, "import", tmp_path / "out", *there)
+        result = run("import", tmp_path / "out", "--salvage", "--json", *there)
+        assert result.exit_code == 1
+        report = json.loads(result.stdout)
+        assert (report["imported"], len(report["damaged"])) == (2, 1)
+        assert report["damaged"][0]["key"] in result.stderr
+
+    def test_an_export_prints_its_manifest_s_hash(self, folder: Path, tmp_path: Path) -> None:
+        _put_large(folder)
+        result = run("export", tmp_path / "out")
+        digest = hashlib.sha256((tmp_path / "out" / "manifest.json").read_bytes()).hexdigest()
+        assert f"manifest sha256 {digest}" in result.stdout
 
     def test_an_export_into_a_full_folder_is_refused(self, stored: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -255,6 +318,16 @@ class TestBesideAServer:
         assert data("evict", "--document", document("oak"))["changed"] == 1  # on the folder: none is found on its port
         chunks = json.loads(CliRunner().invoke(app, ask).stdout)["rag"]["cache"]["chunks"]
         assert "evicted" in {c["miss_reason"] for c in chunks}
+
+
+def _put_large(folder: Path) -> list[ChunkKV]:
+    """Three chunks too large to lie in the index itself."""
+    (folder / "kv").parent.mkdir(parents=True)
+    chunks = [Make(tokens=300)(n) for n in range(3)]
+    store = open_store(StoreConfig(path=folder / "kv"))
+    store.put_many(chunks)
+    store.close()
+    return chunks
 
 
 def _flip_a_bit(folder: Path) -> None:

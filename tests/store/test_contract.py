@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from store import ChunkKV, KVStore, LostError, Miss, Want, source_of
+from store import ChunkKV, KVStore, LostError, Miss, StoreConfig, Want, open_store, source_of
+from store.codec import CODECS
 
 Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
 Same = Callable[[object, ChunkKV], bool]
@@ -287,3 +290,31 @@ def test_a_collection_keeps_everything(store: KVStore, make_with: Any, get: Get,
         assert report.evicted == report.expired == 0
     assert all(same(get(store, chunk), chunk) for chunk in chunks[1::2])
     assert store.stats().entries == 6 and store.verify().bad == ()
+
+
+@pytest.mark.parametrize("kind", ["memory", "ssd", "tiered"])
+@pytest.mark.parametrize("codec", sorted(name for name, codec in CODECS.items() if not codec.lossless))
+def test_values_that_a_lossy_codec_refuses_are_stored_raw(
+    tmp_path: Path, make: Make, get: Get, same: Same, caplog: pytest.LogCaptureFixture, codec: str, kind: str
+) -> None:
+    """That chunk only, and wherever the values are: in the last layer, after others were encoded."""
+    more = {
+        "memory": {},
+        "ssd": {"path": tmp_path},
+        "tiered": {"path": tmp_path, "ram_bytes": 1 << 20, "ram_codec": codec},
+    }
+    store = open_store(StoreConfig(codec=codec, **more[kind]))  # type: ignore[arg-type]
+    chunks = [make(n) for n in range(3)]
+    chunks[1].v[-1, 5, 1, 2] = float("nan")
+    chunks[2].k[0, 0, 0, 0] = 1e30
+    with caplog.at_level(logging.INFO, logger="store.entry"):
+        assert all(store.put_many(chunks))
+    for chunk in chunks[1:]:
+        assert f"{chunk.key.hex} is stored raw" in caplog.text
+    assert chunks[0].key.hex not in caplog.text
+    codecs = {entry.key: entry.codec for entry in store.entries()}
+    assert [codecs[chunk.key] for chunk in chunks] == [codec, "raw", "raw"]
+    store.warm([chunk.key for chunk in chunks])
+    for _ in range(2):
+        assert same(get(store, chunks[1]), chunks[1]) and same(get(store, chunks[2]), chunks[2])
+    store.close()

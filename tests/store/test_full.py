@@ -7,13 +7,19 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
+import numpy as np
 import pytest
 
-from store import ChunkKV, KVStore, Miss, StoreConfig, StoreFullError, open_store
+from store import ChunkKV, KVStore, Miss, StoreConfig, StoreFullError, Want, open_store
+from store.evict import Tuner
 from store.ssd import SsdStore
+from store.ssd.index import Index
+from store.types import KVKey
 
 Get = Callable[[KVStore, ChunkKV], ChunkKV | Miss]
 Same = Callable[[object, ChunkKV], bool]
@@ -123,6 +129,123 @@ def test_a_newcomer_nobody_asked_for_does_not_replace_what_is_used(
         assert get(store, refused[0]) == Miss("never_precomputed")
     assert store.put(refused[0]) > 0 and same(get(store, refused[0]), refused[0])
     store.close()
+
+
+def zipf(rng: np.random.Generator, chunks: int, requests: int) -> list[int]:
+    weights = np.arange(1, chunks + 1) ** -0.8
+    return [int(n) for n in rng.choice(chunks, requests, p=weights / weights.sum())]
+
+
+def conversations(rng: np.random.Generator, chunks: int, requests: int) -> list[int]:
+    """Each stays with the ten chunks of a topic for a while and does not come back; five at a time."""
+    topics = rng.permutation(chunks // 10)
+    talks = [int(topics[n]) for n in range(5)]
+    asked: list[int] = []
+    for n in range(requests):
+        if n % 40 == 39:
+            talks[n // 40 % 5] = int(topics[(n // 40 + 5) % len(topics)])
+        asked.append(10 * talks[n % 5] + int(rng.integers(10)))
+    return asked
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of puts, and no crash that they would have to survive."""
+    monkeypatch.setattr("lmdb.open", partial(lmdb.open, sync=False))
+    monkeypatch.setattr("store.ssd.files.Files.sync", lambda self, descriptor: None)
+
+
+@pytest.mark.usefixtures("unsynced")
+@pytest.mark.parametrize(
+    ("trace", "least"), [(conversations, 1.0), (zipf, 1.1)], ids=["recency is all", "popularity is all"]
+)
+def test_the_disk_finds_out_what_suits_the_traffic(
+    tmp_path: Path,
+    make_with: Any,
+    want: Callable[[ChunkKV], Want],
+    monkeypatch: pytest.MonkeyPatch,
+    trace: Callable[[np.random.Generator, int, int], list[int]],
+    least: float,
+) -> None:
+    """What is missing is put, as a chat does: as many hits as with ``lru`` where nothing beats it, more elsewhere."""
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
+    monkeypatch.setattr("store.ssd.uses._EVERY_S", 3600.0)  # written before an eviction only: always the same run
+    chunks = [make_with(tokens=96)(n) for n in range(400)]
+    asked = trace(np.random.default_rng(7), len(chunks), 1500)
+    hits = Counter[str]()
+    for policy in ("lru", "gdsf"):
+        store = SsdStore(StoreConfig(path=tmp_path / policy, max_bytes=LIMIT, policy=policy))
+        for n in asked:
+            now += 1.0
+            if isinstance(store.find(want(chunks[n])), Miss):
+                store.put(chunks[n])
+            else:
+                hits[policy] += 1
+        assert store.stats().counters["evicted:capacity"] > 200
+        store.close()
+    assert hits["gdsf"] >= least * hits["lru"] > 0, hits
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_a_bulk_load_of_cold_chunks_lists_a_full_store_once(
+    tmp_path: Path, make_with: Any, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
+    listed = 0
+    items = Index.items
+
+    def counted(self: Index, txn: Any) -> Any:
+        nonlocal listed
+        listed += 1
+        return items(self, txn)
+
+    monkeypatch.setattr(Index, "items", counted)
+    maker = make_with(tokens=256)
+    store = SsdStore(StoreConfig(path=tmp_path / "kv", max_bytes=LIMIT))
+    hot: list[ChunkKV] = []
+    while store.put(chunk := maker(len(hot))):
+        hot.append(chunk)
+        now += 1.0
+        assert all(same(get(store, chunk), chunk) for _ in range(3))
+    assert len(hot) > 20
+    now += 11.0  # the refusal is forgotten
+    cold, listed = [maker(n) for n in range(100, 130)], 0
+    assert store.put_many(cold) == [0] * 30 and listed == 1
+    assert store.stats().counters["refused"] == 31
+    now += 11.0  # by then things may have changed
+    assert store.put_many(cold) == [0] * 30 and listed == 2
+    assert all(same(get(store, chunk), chunk) for chunk in hot)
+    assert get(store, cold[-1]) == Miss("never_precomputed")  # now somebody has asked for it
+    assert store.put(cold[-1]) > 0 and same(get(store, cold[-1]), cold[-1])
+    store.close()
+
+
+def test_the_tuner_hears_of_each_request_once(
+    tmp_path: Path, make_with: Any, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Counter[KVKey]()
+    monkeypatch.setattr(Tuner, "asked", lambda self, key, bytes, cost, *, now: told.update([key]))
+    maker = make_with(tokens=256)
+    hit, missed, late, cold, never = (maker(n) for n in range(5))
+    for policy in ("lru", "gdsf"):
+        store = SsdStore(StoreConfig(path=tmp_path / policy, max_bytes=LIMIT, policy=policy))
+        store.put_many([hit, cold])
+        for _ in range(2):
+            assert isinstance(get(store, hit), ChunkKV)
+        store.used(hit.key)  # a copy in memory
+        for chunk in (missed, never):
+            assert isinstance(get(store, chunk), Miss)
+        store.flush()
+        store.put(missed)
+        assert isinstance(get(store, late), Miss)
+        store.put(late)
+        store.flush()
+        store.delete(missed.key)
+        store.put(missed)  # that was not a request
+        store.close()
+        assert told == ({} if policy == "lru" else {hit.key: 3, missed.key: 1, late.key: 1})
 
 
 def test_the_codec_auto_packs_closer_as_room_runs_out(tmp_path: Path, make_with: Any) -> None:

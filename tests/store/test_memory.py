@@ -350,3 +350,26 @@ def test_an_item_is_priced_by_its_tokens(make: Make, make_with: Any) -> None:
     ram.insert(Held.of(make(0), RAW))
     (life,) = ram.lives.values()
     assert isinstance(life.item, Item) and (life.item.cost, life.item.bytes) == (16.0, size_of(make(0)))
+
+
+def test_the_codec_auto_packs_closer_as_memory_runs_out(make_with: Any, get: Get) -> None:
+    maker = make_with(tokens=256)
+    chunks = [maker(n) for n in range(40)]
+    store = MemoryStore(StoreConfig(max_bytes=12 * size_of(chunks[0]), codec="auto"))
+    for chunk in chunks[:5]:
+        store.put(chunk)
+    assert {entry.codec for entry in store.entries()} == {"raw"}
+    for chunk in chunks[5:]:
+        store.put(chunk)
+    packed = [entry for entry in store.entries() if entry.codec != "raw"]
+    assert packed and all(entry.bytes < entry.raw_bytes // 2 for entry in packed)
+    stats = store.stats()
+    assert stats.raw_bytes > 12 * size_of(chunks[0]) >= stats.bytes
+    got = get(store, chunks[12])
+    assert isinstance(got, ChunkKV) and torch.allclose(got.k, chunks[12].k, atol=1.0)
+
+
+def test_without_a_limit_the_codec_auto_gives_nothing_up(make: Make) -> None:
+    store = MemoryStore(StoreConfig(codec="auto"))
+    store.put_many([make(n) for n in range(50)])
+    assert {entry.codec for entry in store.entries()} == {"raw"}
