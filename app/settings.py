@@ -125,7 +125,7 @@ class StoreSettings(_Part):
 
     max_gib: float | None = Field(None, gt=0)
     ram_gib: float = Field(1.0, ge=0)
-    codec: str = "raw"
+    codec: str = "entropy"
     ram_codec: str = "same"
     saved_s_per_token: float = Field(1e-4, ge=0)
     policy: Literal["gdsf", "lru", "none"] = "gdsf"

@@ -1,1 +1,1 @@
-"""Time to first token of full prefill, prefix-cache hit, reuse and blending, in one run after checking outputs."""
+"""Measurements: time to first token, the store against plain reads and copies, and gains that must last."""

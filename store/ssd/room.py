@@ -175,7 +175,7 @@ class Room:
                         f"{self._db.path} is full: at most {self._config.max_bytes} bytes, policy "
                         f"{self._config.policy}, what is pinned stays: no room can be made for {newcomer.bytes} bytes"
                     )
-            elif self._config.admission:
+            elif self._config.admission and not newcomer.pinned:
                 going = [items[key] for key, reason in victims if reason == "capacity"]
                 with self._at_door:
                     admitted = self._door.admits(policy, newcomer, going, now=now)
@@ -198,7 +198,8 @@ class Room:
 
     def _turned_away(self, newcomer: Item) -> bool:
         """Refused without a look at who would have to go: all entries would have to be listed for that."""
-        if not self._config.admission or self._config.shares:  # with shares it depends on the owner who would go
+        # With shares it depends on the owner who would go; what is pinned was asked for by an operator.
+        if not self._config.admission or self._config.shares or newcomer.pinned:
             return False
         with self._at_door:
             return self._door.refuses(self.traffic.policy, newcomer, now=time.time())

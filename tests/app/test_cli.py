@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Every engine is trivial, every embedder hashes, no server is taken for ours; gives the data folder."""
 
     async def open_engine(kind: str, config: EngineConfig) -> TrivialEngine:
-        return TrivialEngine(open_store(config.store))
+        return TrivialEngine(open_store(replace(config.store, codec="raw")))
 
     for module in ("app.bench.workbench", "app.service"):
         monkeypatch.setattr(f"{module}.open_engine", open_engine)

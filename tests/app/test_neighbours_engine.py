@@ -30,6 +30,7 @@ async def service(model: Path, tmp_path: Path) -> AsyncIterator[Service]:
     settings = load_settings(
         data_dir=tmp_path, model=str(model), engine="transformers", dtype="float32", chunk_tokens=32,
         compile={"context": "neighbours", "neighbours": 2}, guard={"share": 0},
+        store={"codec": "raw"},  # compared to the bit
     )  # fmt: skip
     service = await Service.open(settings, embedder=HashEmbedder())
     try:

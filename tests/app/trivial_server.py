@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 import uvicorn
 
@@ -17,7 +18,8 @@ from store import open_store
 async def run(port: int) -> None:
     """Serve the data directory of the settings; says ``ready`` when it listens."""
     settings = load_settings()
-    engine = TrivialEngine(open_store(settings.store_config))
+    # The trivial engine knows its KV to the bit.
+    engine = TrivialEngine(open_store(replace(settings.store_config, codec="raw")))
     service = await Service.open(settings, engine=engine, tokenizer=engine.tokenizer)
     server = uvicorn.Server(uvicorn.Config(create_app(service), port=port, log_level="error", lifespan="off"))
     task = asyncio.create_task(server.serve())
