@@ -247,6 +247,7 @@ class Precomputer:
             if result.refused == result.chunks or not self._engine.store.contains(report.oldest):
                 # What comes is refused, or pushes out what this run has made before: passes for nothing.
                 report.stopped = "the KV store is full, and what it holds is worth as much; raise store.max_gib"
+                report.error = report.stopped
                 return
 
     def _prefix_job(self) -> CompileJob | None:

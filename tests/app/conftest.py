@@ -77,7 +77,11 @@ async def _kit(
 
 
 def make_settings(folder: Path, **settings: Any) -> Settings:
-    given = {"data_dir": folder, "model": "trivial", "chunk_tokens": CHUNK_TOKENS, "guard": {"share": 0}}
+    # The trivial engine knows its KV to the bit, and the memory store it mostly has keeps it so.
+    given = {
+        "data_dir": folder, "model": "trivial", "chunk_tokens": CHUNK_TOKENS, "guard": {"share": 0},
+        "store": {"codec": "raw"},
+    }  # fmt: skip
     return load_settings(**(given | settings))
 
 

@@ -133,7 +133,7 @@ class TestLooking:
         assert [t["tier"] for t in found["tiers"]] == ["ram"]
         assert found["pins"] == {"all": False, "collections": [], "files": [], "chunk_ids": []}
         assert found["upkeep"] == {"running": None, "verify": None, "gc": None}
-        assert found["settings"]["codec"] == "entropy"
+        assert found["settings"]["codec"] == "raw"
 
 
 class TestPinning:

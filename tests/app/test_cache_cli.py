@@ -59,6 +59,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for module in ("app.bench.workbench", "app.service"):
         monkeypatch.setattr(f"{module}.open_engine", open_engine)
     monkeypatch.setattr("app.service._load_tokenizer", lambda model: ByteTokenizer())
+    monkeypatch.setenv("RAGBLEND_STORE__CODEC", "raw")  # the trivial engine knows its KV to the bit
     monkeypatch.setenv("RAGBLEND_EMBEDDER", "hash")
     monkeypatch.setenv("RAGBLEND_PORT", "9")
     monkeypatch.setenv("RAGBLEND_DATA_DIR", str(tmp_path / "data"))

@@ -142,7 +142,7 @@ async def test_a_full_store_costs_speed_and_never_an_answer(engine: str, tmp_pat
     settings = for_demo(
         load_settings(
             data_dir=tmp_path, model=str(MODEL), engine=engine, max_context=2048, kv_cache_gib=1.0,
-            store={"max_gib": 4 / 1024},
+            store={"max_gib": 4 / 1024, "codec": "raw"},
         )
     )  # fmt: skip
     service = await Service.open(settings)

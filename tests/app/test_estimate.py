@@ -251,7 +251,8 @@ class TestOnTheCommandLine:
 def test_a_precompute_on_the_real_engine_is_what_was_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an engine, then with it: the same chunks, tokens and bytes; afterwards nothing is left to do."""
     for name, value in {"EMBEDDER": "hash", "PORT": "9", "ENGINE": "transformers", "CHUNK_TOKENS": "64",
-                        "DATA_DIR": str(tmp_path / "data"), "MODEL": str(ROOT / "models/demo")}.items():  # fmt: skip
+                        "DATA_DIR": str(tmp_path / "data"), "MODEL": str(ROOT / "models/demo"),
+                        "STORE__CODEC": "raw"}.items():  # fmt: skip
         monkeypatch.setenv(f"RAGBLEND_{name}", value)
     (tmp_path / "oak.txt").write_text(TEXT)
 

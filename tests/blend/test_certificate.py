@@ -80,7 +80,7 @@ def test_a_file_edited_by_hand_is_refused(path: Path, old: str, new: str) -> Non
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda c: c.update(format=2), "format is 2, this version reads 1"),
+    (lambda c: c.update(format=3), "format is 3, this version reads 2"),
     (lambda c: c.pop("format"), "format is None"),
     (lambda c: c.pop("model"), "model is missing"),
     (lambda c: c.update(note="x"), "note is unknown"),
