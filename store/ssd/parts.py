@@ -71,4 +71,8 @@ class Parts:
             if not self.db.read(self.index.complete):
                 rebuild(self.db, self.index, self.segments, now=time.time())
             remove_leftovers(self.db, self.index, self.segments)
+            found = self.db.read(self.index.segments)
+            # It was still appended to when its last record died, and nobody looked at it since.
+            if empty := [number for number, extent in found.items() if extent.sealed and not extent.records]:
+                self.reclaimer.settle((), self.db.write(lambda txn: self.reclaimer.drop_empty(txn, empty), need=0))
             self.reclaimer.settle(self.db.read(self.index.graves))
