@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from app.bench.pagecache import drop_page_cache, resident
-from app.bench.ttft import BenchError
+from app.bench.shot import BenchError
 from store import ChunkKV, KVKey, KVLayout, KVStore, Miss, StoreConfig, Want
 from store.codec import CODECS
 from store.ssd import SsdStore

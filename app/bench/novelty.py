@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from statistics import median
 from typing import Any
 
 from app.bench.pagecache import drop_page_cache
-from app.bench.ttft import CHECK_TOKENS, QUESTION, TIES, BenchError, Shot, differs
+from app.bench.shot import CHECK_TOKENS, QUESTION, TIES, BenchError, Shot, differs, fire, plain_words
 from app.bench.workbench import Workbench, store_folder
 from blend.engines import Engine
 from blend.prompt import ChunkRef
-from blend.types import BlendOptions, BlendStats, Mode, Request, Sampling
+from blend.types import BlendOptions, Mode, Request, Sampling
 
 Progress = Callable[[str], None]
 
@@ -112,9 +111,7 @@ class Novelty:
 
     async def _fill(self, progress: Progress) -> None:
         """Compile the pool: random tokens, one document per chunk."""
-        special = set(getattr(self.tokenizer, "all_special_ids", ()))
-        size = min(self.engine.info.vocab_size, getattr(self.tokenizer, "vocab_size", self.engine.info.vocab_size))
-        vocabulary = [i for i in range(size) if i not in special]
+        vocabulary = plain_words(self.engine, self.tokenizer)
         for n in range(self.setup.pool):
             ids = tuple(self._rng.choices(vocabulary, k=self.setup.chunk))
             self._pool += await self._bench.compile([f"pool-{n}"], [ids])
@@ -125,8 +122,8 @@ class Novelty:
                 f"{self.setup.chunks} chunks of {self.setup.chunk} tokens need room for {longest}; the model has "
                 f"{self.engine.info.max_context}: ask for a smaller --chunk or fewer --chunks"
             )
-        ram = [t for t in (await self.engine.store_stats()).tiers if t.tier == "ram"]
-        held = (await self.engine.store_stats()).bytes
+        stats = await self.engine.store_stats()
+        ram, held = [t for t in stats.tiers if t.tier == "ram"], stats.bytes
         if not ram or ram[0].limit_bytes is None or ram[0].limit_bytes >= held:
             limit = ram[0].limit_bytes if ram else 0
             raise BenchError(
@@ -135,7 +132,7 @@ class Novelty:
             )
 
     def _draw(self) -> tuple[int, ...]:
-        """Distinct chunks by Zipf popularity, in the order they were drawn."""
+        """Distinct chunks by Zipf popularity, in a random order."""
         weights = [1.0 / (rank + 1) ** self.setup.zipf for rank in range(self.setup.pool)]
         cumulative = list(accumulate(weights))
         picked: dict[int, None] = {}
@@ -156,20 +153,7 @@ class Novelty:
             # Full prefill under a salt of its own: it must not be served from vLLM's prefix cache.
             tenant_salt=secrets.token_bytes(32) if mode == "full" else self._bench.keys.tenant_salt,
         )
-        seconds: float | None = None
-        stats: BlendStats | None = None
-        ids: tuple[int, ...] = ()
-        tops: list[dict[int, float]] = []
-        begin = time.perf_counter()
-        async for delta in self.engine.generate(request):
-            if seconds is None and delta.token_ids:
-                seconds = time.perf_counter() - begin
-            ids += delta.token_ids
-            tops += [{token: p for token, _, p in t.top} for t in delta.logprobs]
-            stats = delta.stats or stats
-        if seconds is None:
-            raise BenchError("the engine answered without a token")
-        return Shot(seconds, ids, tuple(tops), stats, 0)
+        return await fire(self.engine, request)
 
     def _count(self, quarter: Quarter, shot: Shot) -> None:
         stats = shot.stats

@@ -27,7 +27,7 @@ import torch
 
 from app.bench.copies import count_copies
 from app.bench.delivery import BLOCK, Delivery, StoreArm, StoreSetup
-from app.bench.ttft import BenchError
+from app.bench.shot import BenchError
 from store.codec import open_codec
 
 TARGET = 0.8

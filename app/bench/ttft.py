@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,24 +18,16 @@ from typing import Any
 import numpy as np
 
 from app.bench.pagecache import drop_page_cache
+from app.bench.shot import CHECK_TOKENS, QUESTION, TIES, BenchError, Shot, differs, fire, plain_words
 from app.bench.workbench import Workbench, store_folder
 from blend.engines import Engine
 from blend.prompt import ChunkRef
-from blend.types import BlendOptions, BlendStats, Mode, Request, Sampling
+from blend.types import BlendOptions, Mode, Request, Sampling
 
-QUESTION = "What do the passages say about this?"
 PREFIX_HIT, REUSE = "prefix-hit", "reuse"
 SELECTORS = ("deviation", "auto")
 TIERS = ("ram", "ssd")
-CHECK_TOKENS = 8
-# Greedy tokens of two computations may part where their best candidates are this close (nats): noise of the dtype.
-TIES = {"float32": 0.001, "bfloat16": 0.15, "float16": 0.05}
-
 Progress = Callable[[str], None]
-
-
-class BenchError(Exception):
-    """The measurement cannot be made as asked."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +87,6 @@ class Arm:
             "ttft_p90_s": p90,
             "outputs_checked": ok,
         }
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One timed request. ``tops`` are the candidates of each token, id -> logprob."""
-
-    seconds: float
-    token_ids: tuple[int, ...]
-    tops: tuple[dict[int, float], ...]
-    stats: BlendStats | None
-    cached: int
 
 
 def make_arms(full: str, setup: Setup, *, prefix_hit: bool) -> list[Arm]:
@@ -172,9 +152,7 @@ class _Run:
     def __init__(self, engine: Engine, tokenizer: Any, setup: Setup) -> None:
         self.engine, self.tokenizer, self.setup = engine, tokenizer, setup
         self._rng = random.Random(f"{setup.seed} context")
-        special = set(getattr(tokenizer, "all_special_ids", ()))
-        size = min(engine.info.vocab_size, getattr(tokenizer, "vocab_size", engine.info.vocab_size))
-        self._vocabulary = [i for i in range(size) if i not in special]
+        self._vocabulary = plain_words(engine, tokenizer)
         self._shots = 0
 
     async def fresh_context(self) -> _Context:
@@ -202,21 +180,7 @@ class _Run:
             tenant_salt=salt if salt and arm.mode == "full" else context.bench.keys.tenant_salt,
         )
         await self.place(arm, context)
-        seconds: float | None = None
-        stats: BlendStats | None = None
-        ids: tuple[int, ...] = ()
-        tops: list[dict[int, float]] = []
-        cached = 0
-        begin = time.perf_counter()
-        async for delta in self.engine.generate(request):
-            if seconds is None and delta.token_ids:
-                seconds = time.perf_counter() - begin
-            ids += delta.token_ids
-            tops += [{token: p for token, _, p in t.top} for t in delta.logprobs]
-            stats, cached = delta.stats or stats, delta.cached_tokens or cached
-        if seconds is None:
-            raise BenchError(f"{arm.name}: the engine answered without a token")
-        return Shot(seconds, ids, tuple(tops), stats, cached)
+        return await fire(self.engine, request)
 
     async def place(self, arm: Arm, context: _Context) -> None:
         """Bring the chunks to where ``arm`` reads them from."""
@@ -265,23 +229,6 @@ class _Run:
     def _differs(self, full: Shot, other: Shot) -> str | None:
         tie = TIES[self.engine.info.layout.dtype]
         return differs(full, other, tie=tie)
-
-
-def differs(full: Shot, other: Shot, *, tie: float) -> str | None:
-    """How the greedy tokens of ``other`` part from ``full``'s, or None.
-
-    Where they part, full's two candidates may differ by at most ``tie`` nats; after a tie nothing can be compared.
-    """
-    for i, (a, b) in enumerate(zip(full.token_ids, other.token_ids, strict=False)):
-        if a == b:
-            continue
-        top = full.tops[i] if i < len(full.tops) else {}
-        if a in top and b in top and abs(top[a] - top[b]) <= tie:
-            return None
-        return f"greedy token {i + 1} is {b}, full prefill gives {a}"
-    if len(full.token_ids) != len(other.token_ids):
-        return f"{len(other.token_ids)} greedy tokens, full prefill gives {len(full.token_ids)}"
-    return None
 
 
 def ratios_to_full(arms: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.bench.shot import BenchError, Shot, differs
 from app.bench.synthetic import Shape, make_synthetic_model
-from app.bench.ttft import BenchError, Setup, Shot, differs, make_arms, ratios_to_full, run_ttft
+from app.bench.ttft import Setup, make_arms, ratios_to_full, run_ttft
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.types import CompileJob, CompileResult, Delta, Request
 from store.memory import MemoryStore

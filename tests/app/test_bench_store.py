@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from app.bench import delivery
 from app.bench.delivery import StoreSetup
 from app.bench.pagecache import drop_page_cache, resident
+from app.bench.shot import BenchError
 from app.bench.store import measure_codecs, run_store
-from app.bench.ttft import BenchError
 from app.cli.root import app
 from store.codec import CODECS, Bytes
 from store.codec.raw import Raw

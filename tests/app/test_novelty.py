@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from app.bench.novelty import Novelty, NoveltySetup, Quarter, verdict
-from app.bench.ttft import BenchError, Setup, make_arms, run_ttft
+from app.bench.shot import BenchError
+from app.bench.ttft import Setup, make_arms, run_ttft
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.types import CompileJob, CompileResult, Request
 from store import StoreConfig, open_store
