@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from store.base import Found, Miss
+from store.base import Entry, Found, Miss
 from store.entry import Header, decode_header
 from store.errors import CorruptEntryError
 from store.types import ChunkKV, KVKey, MissReason, Want
@@ -19,6 +19,27 @@ def read_header(key: KVKey, blob: bytes | memoryview) -> Header:
     if header.key != key:
         raise CorruptEntryError(f"the entry under {key.hex} is that of {header.key.hex}")
     return header
+
+
+def listed(
+    header: Header, *, bytes: int, pinned: bool, created: float = 0.0, used: float = 0.0, frequency: float = 0.0
+) -> Entry:
+    """The entry of ``header`` as a listing shows it; the rest is what its tier knows of it (see ``Entry``)."""
+    return Entry(
+        key=header.key,
+        tokens=header.tokens,
+        bytes=bytes,
+        layout=header.layout.digest.hex(),
+        tokenizer=header.tokenizer,
+        source=header.source,
+        codec=header.codec.name,
+        raw_bytes=header.raw_bytes,
+        owner=header.owner,
+        pinned=pinned,
+        created=created,
+        used=used,
+        frequency=frequency,
+    )
 
 
 def mismatch(want: Want, header: Header) -> MissReason | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from store.base import Entry, Found, GcReport, KVStore, Miss, StoreStats, TierStats, VerifyReport
-from store.check import absence, mismatch
+from store.check import absence, listed, mismatch
 from store.codec import Bytes, Codec, open_codec
 from store.codec.choose import Prices, choose_codec
 from store.config import StoreConfig
@@ -141,21 +141,11 @@ class MemoryStore(KVStore):
             if held is None:
                 return None
             header, life = held.header, self._ram.lives[key]
-            return Entry(
-                key=key,
-                tokens=header.tokens,
-                bytes=held.size,
-                layout=header.layout.digest.hex(),
-                tokenizer=header.tokenizer,
-                source=header.source,
-                codec=header.codec.name,
-                raw_bytes=header.raw_bytes,
-                owner=header.owner,
-                pinned=life.item.pinned,
-                created=life.created,
-                used=life.item.usage.last,
-                frequency=life.item.usage.frequency,
-            )
+            usage = life.item.usage
+            return listed(
+                header, bytes=held.size, pinned=life.item.pinned,
+                created=life.created, used=usage.last, frequency=usage.frequency,
+            )  # fmt: skip
 
     def stats(self) -> StoreStats:
         ram = self._ram

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from store.base import Entry, StoreStats, TierStats
-from store.check import read_header
+from store.check import listed, read_header
 from store.errors import CorruptEntryError
 from store.ssd.database import Database, Txn
 from store.ssd.index import Index
@@ -35,21 +35,8 @@ def describe(index: Index, key: KVKey, txn: Txn) -> Entry | None:
         return None
     lived = index.life(txn, key)
     created, used, frequency = (lived[0].created, lived[0].last, lived[0].frequency) if lived else (0.0,) * 3
-    return Entry(
-        key=key,
-        tokens=header.tokens,
-        bytes=header.payload_bytes,
-        layout=header.layout.digest.hex(),
-        tokenizer=header.tokenizer,
-        source=header.source,
-        codec=header.codec.name,
-        raw_bytes=header.raw_bytes,
-        owner=header.owner,
-        pinned=index.pinned(txn, key),
-        created=created,
-        used=used,
-        frequency=frequency,
-    )
+    pinned = index.pinned(txn, key)
+    return listed(header, bytes=header.payload_bytes, pinned=pinned, created=created, used=used, frequency=frequency)
 
 
 def figures(parts: Parts, limit: int | None, seen: Mapping[str, int], tier: str, txn: Txn) -> StoreStats:
