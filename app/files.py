@@ -8,13 +8,33 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from app.errors import AppError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class DataFileError(AppError):
     """A file of the data directory cannot be read or written, or does not hold what it should; the message has its
     path, which is not for clients."""
+
+
+def read_model(path: Path, kind: type[M], *, wrong: str, remedy: str) -> M | None:
+    """The ``kind`` that the JSON in ``path`` holds; ``None`` if there is no file. Raises ``DataFileError``: the path,
+    ``wrong`` and the first fault, ``remedy``."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise DataFileError(f"{path} cannot be read: {e.strerror or e}") from e
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataFileError(f"{path} {wrong}: {where + ': ' if where else ''}{first['msg']}; {remedy}") from e
 
 
 def replace_text(path: Path, text: str) -> None:

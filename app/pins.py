@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from app.files import DataFileError, locked, replace_text
+from app.files import DataFileError, locked, read_model, replace_text
 from blend.prompt import ChunkRef
 from retriever.types import ChunkName, DocumentInfo
 from store.types import KVKey
@@ -56,19 +56,8 @@ class Pins:
         self._path = folder / FILE
 
     def read(self) -> Pinned:
-        try:
-            return Pinned.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return Pinned()
-        except OSError as e:
-            raise DataFileError(f"{self._path} cannot be read: {e.strerror or e}") from e
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataFileError(
-                f"{self._path} does not hold pins: {where + ': ' if where else ''}{first['msg']}; restore it, or "
-                "remove it and pin again"
-            ) from e
+        remedy = "restore it, or remove it and pin again"
+        return read_model(self._path, Pinned, wrong="does not hold pins", remedy=remedy) or Pinned()
 
     @contextmanager
     def changing(self) -> Iterator[Pinned]:

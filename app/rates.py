@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from app.bench.machine import cpu_name
-from app.files import DataFileError, locked, replace_text
+from app.files import DataFileError, locked, read_model, replace_text
 from store.types import KVLayout
 
 FILE = "rates.json"
@@ -81,14 +81,8 @@ class Rates:
             raise DataFileError(f"{self._path} cannot be written: {e.strerror or e}") from e
 
     def _read(self) -> _File:
-        try:
-            return _File.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return _File()
-        except OSError as e:
-            raise DataFileError(f"{self._path} cannot be read: {e.strerror or e}") from e
-        except ValidationError as e:
-            raise DataFileError(f"{self._path} does not hold rates; remove it, they are measured again") from e
+        remedy = "remove it, they are measured again"
+        return read_model(self._path, _File, wrong="does not hold rates", remedy=remedy) or _File()
 
 
 def machine() -> str:

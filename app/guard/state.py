@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import StartError
+from app.files import DataFileError, read_model, replace_text
 
 FILE = "guard.json"
 
@@ -54,20 +53,11 @@ class State(BaseModel):
 
 def read_state(folder: Path) -> State | None:
     """The state kept in ``folder``, ``None`` if there is none. Raises ``StartError`` naming the file and the fault."""
-    path = folder / FILE
+    remedy = "restore it, or remove it to serve every collection as asked"
     try:
-        return State.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise StartError(f"{path} cannot be read: {e.strerror or e}") from e
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise StartError(
-            f"{path} is not the guard's state: {where + ': ' if where else ''}{first['msg']}; "
-            "restore it, or remove it to serve every collection as asked"
-        ) from e
+        return read_model(folder / FILE, State, wrong="is not the guard's state", remedy=remedy)
+    except DataFileError as e:
+        raise StartError(str(e)) from e
 
 
 def write_state(folder: Path, text: str) -> None:
@@ -75,15 +65,7 @@ def write_state(folder: Path, text: str) -> None:
 
     Raises ``OSError``.
     """
-    draft = folder / f".{FILE}-{secrets.token_hex(4)}"
-    try:
-        with draft.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, folder / FILE)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_text(folder / FILE, text)
 
 
 def view(name: str, level: Level) -> dict[str, object]:
