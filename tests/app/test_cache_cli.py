@@ -21,6 +21,7 @@ from app.pins import Pins
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.engines import EngineConfig
 from store import ChunkKV, StoreConfig, open_store
+from tests.app import commands
 from tests.store.conftest import Make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,24 +30,15 @@ STEER = ["pin", "unpin", "evict", "warm"]
 
 
 def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(app, ["cache", *(str(a) for a in args)])
+    return commands.run("cache", *args)
 
 
 def data(*args: str | Path) -> Any:
-    """What a command prints with --json."""
-    result = run(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+    return commands.data("cache", *args)
 
 
 def fails(code: int, *args: str | Path) -> str:
-    """The one line a failing command says."""
-    result = run(*args)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    [line] = result.stderr.splitlines()
-    assert line.startswith("ragblend: ")
-    return line
+    return commands.fails(code, "cache", *args)
 
 
 @pytest.fixture(autouse=True)

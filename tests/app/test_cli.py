@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from app.cli import app
 from app.cli.options import _repeat
 from app.demo.world import TASKS
 from app.trivial import ByteTokenizer, TrivialEngine
 from blend.engines import EngineConfig
 from store import open_store
+from tests.app.commands import data, fails, run
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
@@ -36,6 +35,8 @@ COMMANDS = [
     ["bench"],
     ["bench", "ttft"],
     ["bench", "novelty"],
+    ["bench", "store"],
+    ["estimate"],
     ["certify"],
     ["eval"],
     ["eval", "quality"],
@@ -48,29 +49,6 @@ COMMANDS = [
     ["guard", "reset"],
 ]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def data(*args: str | Path) -> Any:
-    """What a command prints with --json."""
-    result = run(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def fails(code: int, *args: str | Path) -> str:
-    """The one line a failing command says."""
-    result = run(*args)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("ragblend: ")
-    assert "Traceback" not in result.stderr
-    return lines[0]
 
 
 @pytest.fixture(autouse=True)
