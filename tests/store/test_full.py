@@ -222,6 +222,29 @@ def test_a_bulk_load_of_cold_chunks_lists_a_full_store_once(
     store.close()
 
 
+def test_what_an_operator_has_pinned_enters_a_full_store(
+    tmp_path: Path, make_with: Any, get: Get, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1e9
+    monkeypatch.setattr("time.time", lambda: now)
+    maker = make_with(tokens=256)
+    store = SsdStore(StoreConfig(path=tmp_path / "kv", max_bytes=LIMIT))
+    count = 0
+    while store.put(chunk := maker(count)):
+        count += 1
+        now += 1.0
+        assert all(same(get(store, chunk), chunk) for _ in range(3))
+    cold, wanted = maker(1000), maker(1001)
+    store.pin([wanted.key])
+    assert store.put_many([cold, wanted])[0] == 0  # the door has just refused one like it
+    assert same(get(store, wanted), wanted)
+    now += 11.0
+    other = maker(1002)
+    store.pin([other.key])
+    assert store.put(other) > 0  # nor does the look at who would have to go
+    store.close()
+
+
 def test_the_tuner_hears_of_each_request_once(
     tmp_path: Path, make_with: Any, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
